@@ -1,0 +1,36 @@
+"""What a row is, where it lies, and in what order it is read."""
+
+from data_shards.batch import Batch, encode_batch
+from data_shards.errors import UserError
+from data_shards.index import Block, Index
+from data_shards.loader import Cursor, Loader, Reading, Rows
+from data_shards.order import EpochOrder
+from data_shards.reader import ShardReader
+from data_shards.schema import Field, Schema
+from data_shards.sources import SOURCES, Source, SourceConfig, open_source
+from data_shards.splits import SplitConfig
+from data_shards.vocabulary import Vocabulary
+from data_shards.writer import write_shards
+
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "Block",
+    "Cursor",
+    "EpochOrder",
+    "Field",
+    "Index",
+    "Loader",
+    "Reading",
+    "Rows",
+    "Schema",
+    "ShardReader",
+    "Source",
+    "SourceConfig",
+    "SplitConfig",
+    "UserError",
+    "Vocabulary",
+    "encode_batch",
+    "open_source",
+    "write_shards",
+]

@@ -1,0 +1,16 @@
+"""The one error that a user is meant to read."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake a user can mend: says what, where, what was expected, and the way out."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a `name` that is not among `known`: names the nearest and lists them all."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.0)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    return UserError(f"unknown {what} {name!r}{hint}; there are: {', '.join(names) or 'none'}")

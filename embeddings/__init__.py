@@ -1,0 +1,17 @@
+"""Ids become vectors: table layouts, where tables lie, and the rows that only one domain owns."""
+
+from embeddings.embedder import Embedder, Extension
+from embeddings.placement import ShardedTables, TableShard
+from embeddings.tables import Table, TablesConfig, extension_tables, table_width, trunk_tables
+
+__all__ = [
+    "Embedder",
+    "Extension",
+    "ShardedTables",
+    "Table",
+    "TableShard",
+    "TablesConfig",
+    "extension_tables",
+    "table_width",
+    "trunk_tables",
+]

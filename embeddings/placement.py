@@ -1,0 +1,283 @@
+"""Where tables lie: the only door to torchrec.distributed.
+
+A table is placed by the TorchRec planner under the sharding type that the run file pins, and its
+optimizer runs inside backward, so a step costs what it touches and never the table's rows.
+
+Everything else here speaks of *table shards*: a rectangle of one table with its optimizer state.
+First weights, digests, checkpoints and freezing are all written over that one list, so none
+of them depends on the number of ranks or on the plan.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.types import ModuleSharder
+
+from embeddings.lazy_adam import LazyAdam
+from embeddings.tables import Sharding, Table, TablesConfig
+
+INIT_ROWS = 1 << 16  # rows whose first weights come from one seed, drawn together
+OPTIMIZERS = {
+    "adam": EmbOptimType.ADAM,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """A rectangle of one table on this rank; its tensors are the live ones, not copies.
+
+    `tensors` holds "weight" [rows, cols] and the optimizer's state: [rows, cols] each for Adam,
+    [rows] for row-wise Adagrad.
+    """
+
+    table: str
+    row: int
+    col: int
+    width: int
+    tensors: dict[str, Tensor]
+
+
+class _AnySharder(EmbeddingBagCollectionSharder):
+    """Offers row-wise on CPU too, which TorchRec runs there but does not plan."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return ["table_wise", "column_wise", "row_wise"]
+
+
+class ShardedTables:
+    """A set of tables spread over all ranks, looked up by key and trained inside backward."""
+
+    def __init__(
+        self, tables: Sequence[Table], config: TablesConfig, device: torch.device, seed: int
+    ) -> None:
+        self.tables = tuple(tables)
+        self.keys = [table.field for table in tables]
+        self.width = tables[0].width
+        self.frozen = False
+        self._dmp = _shard(tables, config, device)
+        self._kernels = [
+            lookup._emb_modules[i]
+            for lookup in self._dmp.module._lookups
+            for i in range(len(lookup._emb_modules))
+        ]
+        self._fused: list[SplitTableBatchedEmbeddingBagsCodegen | LazyAdam] = []
+        for kernel in self._kernels:
+            if config.optimizer == "adam" and device.type == "cpu":
+                # fbgemm has no Adam on CPU; the same update rule, in the same place.
+                kernel._emb_module = LazyAdam(kernel._emb_module, config.lr, config.weight_decay)
+            self._fused.append(kernel._emb_module)
+        self._initialise(seed)
+
+    def __call__(self, ids: KeyedJaggedTensor) -> Tensor:
+        """Sum-pooled vectors [B, fields, width] in the order of `keys`.
+
+        Frozen tables are read without a graph: `requires_grad=False` would not stop a fused
+        optimizer, a lookup without backward does.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            pooled = self._dmp(ids).wait()
+            # The column order of a KeyedTensor follows the plan, so it is only ever read by key.
+            if pooled.keys() == self.keys:
+                values = pooled.values()
+            else:
+                values = torch.cat([pooled[key] for key in self.keys], dim=1)
+        return values.view(-1, len(self.keys), self.width)
+
+    def freeze(self) -> None:
+        """No later step moves a byte of the tables or of their optimizer state."""
+        self.frozen = True
+
+    def set_lr(self, lr: float) -> None:
+        for fused in self._fused:
+            fused.set_learning_rate(lr)
+
+    def shards(self) -> list[TableShard]:
+        """This rank's rectangles, live."""
+        width = {table.field: table.width for table in self.tables}
+        found = []
+        for kernel, fused in zip(self._kernels, self._fused, strict=True):
+            states = fused.get_optimizer_state()
+            weights = fused.split_embedding_weights()
+            for config, weight, state in zip(
+                kernel.config.embedding_tables, weights, states, strict=True
+            ):
+                row, col = config.local_metadata.shard_offsets
+                tensors = {"weight": weight, **{k: v for k, v in state.items() if v.ndim > 0}}
+                found.append(TableShard(config.name, row, col, width[config.name], tensors))
+        return found
+
+    def whole(self) -> dict[str, Tensor]:
+        """Every table whole, on every rank: for extension tables, never for a trunk's."""
+        mine = [
+            (s.table, s.row, s.col, s.tensors["weight"].detach().cpu().numpy())
+            for s in self.shards()
+        ]
+        gathered: list[list] = [[]] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        found = {table.field: torch.zeros(table.rows, table.width) for table in self.tables}
+        for table, row, col, part in (item for rank in gathered for item in rank):
+            found[table][row : row + part.shape[0], col : col + part.shape[1]] = torch.tensor(part)
+        return found
+
+    def load(self, whole: Mapping[str, Tensor]) -> None:
+        """The inverse of `whole`."""
+        for shard in self.shards():
+            weight = shard.tensors["weight"]
+            rows, cols = weight.shape
+            part = whole[shard.table][shard.row : shard.row + rows, shard.col : shard.col + cols]
+            with torch.no_grad():
+                weight.copy_(part)
+
+    def steps(self) -> int:
+        """Optimizer steps so far (Adam's bias correction); equal on all ranks."""
+        mine = max((int(fused.iter) for fused in self._fused), default=0)
+        count = torch.tensor(mine)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        return int(count)
+
+    def set_steps(self, steps: int) -> None:
+        for fused in self._fused:
+            fused.iter.fill_(steps)
+
+    def digest(self) -> str:
+        """128 bits over every weight and its place: equal for any plan and number of ranks."""
+        sums = np.zeros(2, dtype=np.uint64)
+        for shard in self.shards():
+            sums += _place_hash(shard)
+        gathered: list[np.ndarray] = [sums] * dist.get_world_size()
+        dist.all_gather_object(gathered, sums)
+        return hashlib.sha256(np.sum(gathered, axis=0, dtype=np.uint64).tobytes()).hexdigest()
+
+    def _initialise(self, seed: int) -> None:
+        std = {table.field: table.init_std for table in self.tables}
+        for shard in self.shards():
+            weight = shard.tensors["weight"]
+            for start in range(0, weight.shape[0], INIT_ROWS):
+                part = weight[start : start + INIT_ROWS]
+                with torch.no_grad():
+                    part.copy_(_first_weights(shard, start, len(part), std[shard.table], seed))
+
+
+def _shard(
+    tables: Sequence[Table], config: TablesConfig, device: torch.device
+) -> DistributedModelParallel:
+    bags = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=table.field,
+                embedding_dim=table.width,
+                num_embeddings=table.rows,
+                feature_names=[table.field],
+                pooling=PoolingType.SUM,
+            )
+            for table in tables
+        ],
+        device=torch.device("meta"),
+    )
+    on_cpu_adam = config.optimizer == "adam" and device.type == "cpu"
+    sharder = _AnySharder(
+        fused_params={
+            "optimizer": EmbOptimType.EXACT_SGD if on_cpu_adam else OPTIMIZERS[config.optimizer],
+            "learning_rate": config.lr,
+            "weight_decay": config.weight_decay,
+            "eps": 1e-8,
+        }
+    )
+    sharders: list[ModuleSharder[Any]] = [sharder]
+    return DistributedModelParallel(
+        bags,
+        device=device,
+        plan=_planner(tables, device).collective_plan(bags, sharders, dist.group.WORLD),
+        sharders=sharders,
+        init_data_parallel=False,
+    )
+
+
+def _planner(tables: Sequence[Table], device: torch.device) -> EmbeddingShardingPlanner:
+    world = dist.get_world_size()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return EmbeddingShardingPlanner(
+        topology=TopologyFactory.create_topology(
+            TrainerConfig(world_size=world, local_world_size=local_world),
+            kernel_config=KernelConfig(compute_device=device.type),
+        ),
+        storage_reservation=FixedPercentageStorageReservation(0.15),
+        constraints={
+            table.field: ParameterConstraints(
+                sharding_types=[_sharding(table, world)],
+                compute_kernels=["fused"],
+                min_partition=4,
+            )
+            for table in tables
+        },
+    )
+
+
+def _sharding(table: Table, world: int) -> Sharding:
+    """Row-wise would leave the last ranks without a row of a tiny table, and in backward fbgemm
+    on CPU reads past the end of its sizes there; such a table stays whole."""
+    rows_per_rank = -(-table.rows // world)
+    some_empty = (world - 1) * rows_per_rank >= table.rows
+    return "table_wise" if table.sharding == "row_wise" and some_empty else table.sharding
+
+
+def _first_weights(shard: TableShard, start: int, rows: int, std: float, seed: int) -> Tensor:
+    """N(0, std) as a pure function of (seed, table, place); the reserved row 0 is zero.
+
+    So a model starts from the same weights on any number of ranks and under any plan.
+    """
+    cols = shard.tensors["weight"].shape[1]
+    if std == 0:
+        return torch.zeros(rows, cols)
+    first, last = shard.row + start, shard.row + start + rows
+    parts = []
+    for chunk in range(first // INIT_ROWS, (last - 1) // INIT_ROWS + 1):
+        key = hashlib.sha256(f"{seed}/{shard.table}/{chunk}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        whole = torch.empty(INIT_ROWS, shard.width).normal_(0, std, generator=generator)
+        if chunk == 0:
+            whole[0] = 0
+        lo, hi = max(first, chunk * INIT_ROWS), min(last, (chunk + 1) * INIT_ROWS)
+        parts.append(whole[lo - chunk * INIT_ROWS : hi - chunk * INIT_ROWS])
+    return torch.cat(parts)[:, shard.col : shard.col + cols]
+
+
+def _place_hash(shard: TableShard) -> np.ndarray:
+    """Sum over a rectangle of a mix of (table, row, column, bits of the weight), twice."""
+    weight = shard.tensors["weight"].detach().cpu()
+    name = np.frombuffer(hashlib.sha256(shard.table.encode()).digest()[:16], dtype=np.uint64)
+    sums = np.zeros(2, dtype=np.uint64)
+    for start in range(0, weight.shape[0], INIT_ROWS):
+        bits = weight[start : start + INIT_ROWS].numpy().view(np.uint32).astype(np.uint64)
+        rows = np.arange(start, start + len(bits), dtype=np.uint64) + np.uint64(shard.row)
+        cols = np.arange(bits.shape[1], dtype=np.uint64) + np.uint64(shard.col)
+        place = rows[:, None] * np.uint64(shard.width) + cols
+        for i in range(2):
+            mixed = _mix(_mix(place ^ name[i]) + bits)
+            sums[i] += mixed.sum(dtype=np.uint64)
+    return sums
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al., 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

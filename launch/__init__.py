@@ -1,0 +1,1 @@
+"""Processes and places: everything with a main."""

@@ -1,0 +1,77 @@
+"""`python -m launch VERB`, installed as `banyan`; under torchrun for the verbs that train."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from data_shards.errors import UserError
+from launch import (
+    add_domain,
+    demo,
+    evaluate,
+    fetch,
+    inspect,
+    predict,
+    remove_domain,
+    train,
+    write_shards,
+)
+
+VERBS = {
+    "fetch": fetch,
+    "write-shards": write_shards,
+    "train": train,
+    "add-domain": add_domain,
+    "remove-domain": remove_domain,
+    "evaluate": evaluate,
+    "predict": predict,
+    "inspect": inspect,
+    "demo": demo,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; a user's mistake is one line on stderr and exit status 2."""
+    args = _parser().parse_args(arguments)
+    _quiet()
+    try:
+        VERBS[args.verb].run(args)
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries' notes on their own set-up and next versions are not for our user."""
+    warnings.filterwarnings("ignore")
+    for name in ("torchrec", "torch.fx", "torch.distributed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="banyan", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in VERBS.items():
+        text, example = (module.__doc__ or "").split("Example:")
+        verb = verbs.add_parser(
+            name,
+            help=text.strip().splitlines()[0],
+            description=text.strip(),
+            epilog=f"example: {example.strip()}",
+        )
+        module.arguments(verb)
+    return parser
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status) if status else sys.exit(0)

@@ -1,0 +1,31 @@
+"""Train the adapter of one more domain on a finished run, and prove that no other domain moved.
+
+Example: torchrun --nproc-per-node 2 -m launch add-domain runs/movielens_mlora programmer \
+--shards data/shards/movielens-programmer
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("domain")
+    parser.add_argument("--shards", type=Path, required=True, help="its rows (write-shards --base)")
+    parser.add_argument(
+        "--no-own-ids",
+        action="store_true",
+        help="no rows of its own for ids that the trunk has never seen",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from launch.group import joined
+    from trainer.run_folder import RunFolder
+    from trainer.schedule import add_domain
+
+    config = RunFolder.config(args.run_folder)
+    config = replace(config, adapt=replace(config.adapt, own_ids=not args.no_own_ids))
+    with joined() as ranks:
+        add_domain(config, RunFolder(args.run_folder), args.domain, args.shards, ranks)

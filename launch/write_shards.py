@@ -1,0 +1,47 @@
+"""Write raw rows as shards, as the run file's [data] section says.
+
+With --base the ids of a finished run's trunk are kept, and ids new in these rows become rows that
+only the added domains own.
+
+Example: python -m launch write-shards launch/runs/movielens_mlora.toml
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from data_shards import open_source, write_shards
+from launch.progress import say
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--base", type=Path, metavar="RUN_FOLDER", help="keep this run's ids")
+    parser.add_argument("--out", type=Path, help="instead of data.shards")
+
+
+def run(args: argparse.Namespace) -> None:
+    from trainer import config as run_files
+    from trainer.run_folder import RunFolder
+
+    data = run_files.load(args.run_file, args.overrides).data
+    out = args.out or Path(data.shards)
+    base = RunFolder(args.base).load_vocabulary() if args.base else None
+    start = time.monotonic()
+    index = write_shards(
+        open_source(data.source),
+        data.schema,
+        data.split,
+        out,
+        block_rows=data.block_rows,
+        only_domains=data.only,
+        hold_out=data.hold_out,
+        base=base,
+        progress=say,
+    )
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in index.dropped.items()) or "none"
+    say(
+        f"{out}: {index.rows:,} rows of {len(index.domains)} domains, dropped: {dropped}; "
+        f"{time.monotonic() - start:.1f} s"
+    )

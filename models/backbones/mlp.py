@@ -1,0 +1,22 @@
+"""The plain multi-layer perceptron over all embeddings."""
+
+from torch import Tensor
+
+from models.adapters import DomainLinear
+from models.backbones.backbone import Backbone, BackboneConfig, Inputs
+from models.layers import MLP, flat, output_layer
+
+
+class MLPBackbone(Backbone):
+    """logit = w . MLP([e_1, ..., e_F, numbers])."""
+
+    def __init__(self, inputs: Inputs, config: BackboneConfig) -> None:
+        super().__init__(inputs, config)
+        self.deep = MLP(inputs.fields * inputs.dim + inputs.numbers, config.hidden, config.dropout)
+        self.out = output_layer(self.deep.d_out)
+
+    def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        return self.out(self.deep(flat(emb_BFD, numbers), slot)).squeeze(1)
+
+    def adaptable(self) -> dict[str, DomainLinear]:
+        return self.deep.adaptable()

@@ -1,0 +1,1 @@
+"""Time: phases, steps, evaluation, checkpoints, adapters on disk."""

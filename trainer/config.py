@@ -1,0 +1,215 @@
+"""A run is one TOML file: frozen nested dataclasses, read strictly, written back as resolved."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import pydantic
+import tomli_w
+
+from data_shards import Field, Reading, Schema, SourceConfig, SplitConfig, UserError
+from data_shards.errors import unknown
+from embeddings import TablesConfig
+from models import METHODS, MLoRAConfig
+from models.backbones import BackboneConfig
+from trainer.engine import EngineConfig
+from trainer.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`[data]`: raw rows, what of them is read, and where the shards of it lie."""
+
+    shards: str
+    source: SourceConfig
+    fields: tuple[Field, ...]
+    split: SplitConfig = field(default_factory=SplitConfig)
+    hold_out: tuple[str, ...] = ()
+    """Domains that the shard set leaves out, to be added later."""
+    only: tuple[str, ...] = ()
+    """Domains that the shard set is made of; none named: all."""
+    block_rows: int = 4096
+
+    @property
+    def schema(self) -> Schema:
+        return Schema(self.fields)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """`[pretrain]`: one phase's rows, its validation rows, and when it ends."""
+
+    rows: tuple[str, ...] = ("train",)
+    """Splits whose rows are trained on."""
+    validate: tuple[str, ...] = ("valid",)
+    """Splits whose rows decide when to stop."""
+    lr: float = 1e-3
+    """Of the dense part; tables have their own (`[tables]`)."""
+    weight_decay: float = 0.0
+    metric: str = "mean_auc"
+    """mean_auc, wauc, auc, log_loss or auc/<domain>, on the validation rows."""
+    patience: int = 5
+    """Evaluations without a new best before the phase ends (MLoRA 4.3)."""
+    max_epochs: int = 100
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: once an epoch."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at each evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS and not self.metric.startswith("auc/"):
+            raise unknown("metric", self.metric, (*METRICS, "auc/<domain>"))
+
+
+@dataclass(frozen=True)
+class PretrainConfig(PhaseConfig):
+    one_phase: bool = False
+    """Train the adapters of all domains with the shared part, as MLoRA's released code does."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig(PhaseConfig):
+    """`[adapt]`: the second phase, for each domain on its own rows alone."""
+
+    metric: str = "auc"
+    own_ids: bool = False
+    """Rows of its own for ids that only an added domain has; off in the papers."""
+    own_ids_lr: float = 1e-3
+    min_rows: int = 100
+    """A domain with fewer training rows gets no adapter."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """`[tracking]`: wandb, beside the metrics file that is always written."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "banyan"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run file."""
+
+    name: str
+    data: DataConfig
+    seed: int = 1
+    output: str = "runs"
+    """The run's folder is `<output>/<name>`."""
+    phases: tuple[Literal["pretrain", "adapt"], ...] = ("pretrain", "adapt")
+    test: tuple[str, ...] = ("test",)
+    """Splits whose rows the final table is about."""
+    reading: Reading = field(default_factory=Reading)
+    tables: TablesConfig = field(default_factory=TablesConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    method: MLoRAConfig = field(default_factory=MLoRAConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.method.name not in METHODS:
+            raise UserError(
+                f"method.name: unknown {self.method.name!r}; there are: {', '.join(METHODS)}"
+            )
+        for where, splits in (
+            ("pretrain.rows", self.pretrain.rows),
+            ("pretrain.validate", self.pretrain.validate),
+            ("adapt.rows", self.adapt.rows),
+            ("adapt.validate", self.adapt.validate),
+            ("test", self.test),
+        ):
+            for split in splits:
+                if split not in self.data.split.parts:
+                    raise UserError(
+                        f"{where}: unknown split {split!r}; "
+                        f"data.split.parts names: {', '.join(self.data.split.parts)}"
+                    )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file; each override is "a.b=value", the value in TOML (bare words are strings)."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such run file; there are some in launch/runs") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _override(data, override)
+    return from_dict(data, str(path))
+
+
+def from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
+    """Build the config; an unknown key or a value of another type names the key and the way out."""
+    _refuse_unknown_keys(RunConfig, data, where, "")
+    try:
+        return pydantic.TypeAdapter(RunConfig).validate_python(data)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved run file."""
+    return tomli_w.dumps(asdict(config))
+
+
+def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key in which two resolved configs differ, dotted, or None."""
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found = first_difference(x, y, f"{prefix}{key}.")
+            if found:
+                return found
+        elif x != y:
+            return f"{prefix}{key}"
+    return None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: write it as key=value, such as --set pretrain.lr=0.01")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override}: {part} is a value, not a section")
+    data[last] = value
+
+
+def _refuse_unknown_keys(kind: type, data: Any, where: str, prefix: str) -> None:
+    if not isinstance(data, Mapping):
+        return  # a value where a section belongs: pydantic says so
+    known = get_type_hints(kind)
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+        inner = next((t for t in (known[key], *get_args(known[key])) if is_dataclass(t)), None)
+        for item in value if isinstance(value, list) else [value]:
+            if inner is not None:
+                _refuse_unknown_keys(inner, item, where, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"]) or "run file"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in ("missing", "value_error") else f", not {problem['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{got}"

@@ -1,0 +1,160 @@
+"""The loop, for either phase: steps until an evaluation says that it has learned enough."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_shards import Batch, Cursor, Loader, UserError
+from models import Method
+from trainer.config import PhaseConfig
+from trainer.early_stopping import EarlyStopping
+from trainer.engine import Engine
+from trainer.log import Progress, RunLog
+from trainer.metrics import Scores
+from trainer.model import Model
+from trainer.ranks import Ranks
+
+LOSS_EVERY = 50  # steps between looks at the loss: each look is one small all-reduce
+
+
+@dataclass
+class Position:
+    """Where a phase stands: the cursor, and what its evaluations have said so far."""
+
+    stopping: EarlyStopping
+    cursor: Cursor = field(default_factory=Cursor)
+    steps: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        cursor = {"epoch": self.cursor.epoch, "step": self.cursor.step}
+        return {
+            "stopping": self.stopping.state(),
+            "cursor": cursor,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Position":
+        return cls(
+            EarlyStopping(**state["stopping"]),
+            Cursor(**state["cursor"]),
+            state["steps"],
+            state["seconds"],
+        )
+
+
+@dataclass
+class Trainee:
+    """A model under an engine, and how one batch trains it."""
+
+    model: Model
+    engine: Engine
+    method: Method
+    ranks: Ranks
+    seed: int
+
+    def step(self, batch: Batch, slots: torch.Tensor, extended: bool, at: int) -> torch.Tensor:
+        """One optimizer step of dense part and tables; returns this rank's share of the loss."""
+        # Dropout is a function of (seed, step, rank), so no generator's state is ever saved.
+        mixed = np.random.SeedSequence((self.seed, at, self.ranks.rank))
+        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+        batch = batch.to(self.ranks.device)
+        logit = self.model.logits(batch, slots, extended)
+        loss = self.method.loss(logit, batch.label, batch.weight, batch.rows)
+        # Engine and tables both average gradients over ranks; the loss is a sum over them.
+        self.engine.step(loss * self.ranks.world)
+        return loss.detach()
+
+
+def fit(
+    trainee: Trainee,
+    train: Loader,
+    phase: PhaseConfig,
+    position: Position,
+    evaluate: Callable[[], Scores],
+    save: Callable[[bool], None],
+    log: RunLog,
+    name: str,
+) -> None:
+    """Train from `position` until early stopping or `max_epochs`; `position` moves along.
+
+    `save(is_best)` is called after each evaluation and every `checkpoint_every` steps.
+    """
+    slots = trainee.model.slots(train).to(trainee.ranks.device)
+    while position.cursor.epoch < phase.max_epochs and not position.stopping.ended:
+        epoch, steps = position.cursor.epoch, train.steps(position.cursor.epoch)
+        progress = Progress(f"{name} epoch {epoch + 1}", train.total_rows, "rows", log.speaks)
+        trainee.engine.train(True)
+        meter = _Meter(trainee.ranks, name)
+        began = time.monotonic()
+        for batch in train.batches(position.cursor):
+            loss = trainee.step(batch, slots, train.extended, position.steps)
+            position.steps += 1
+            position.cursor = Cursor(epoch, position.cursor.step + 1)
+            progress.add(batch.rows, meter.add(loss, position.steps))
+            ends = position.cursor.step == steps
+            due = phase.evaluate_every and position.steps % phase.evaluate_every == 0
+            if ends or due:
+                position.cursor = Cursor(epoch + 1, 0) if ends else position.cursor
+                position.seconds += time.monotonic() - began
+                _evaluate(trainee, phase, position, evaluate, save, log, name)
+                began = time.monotonic()
+                if position.stopping.ended:
+                    return
+            elif phase.checkpoint_every and position.steps % phase.checkpoint_every == 0:
+                save(False)
+
+
+def _evaluate(
+    trainee: Trainee,
+    phase: PhaseConfig,
+    position: Position,
+    evaluate: Callable[[], Scores],
+    save: Callable[[bool], None],
+    log: RunLog,
+    name: str,
+) -> None:
+    trainee.engine.train(False)
+    scores = evaluate()
+    trainee.engine.train(True)
+    value = scores.metric(phase.metric)
+    if value is None and position.stopping.best is None:
+        raise UserError(
+            f"{name}: {phase.metric} is undefined on the validation rows "
+            f"({', '.join(phase.validate)}): no domain has both classes there; choose other splits"
+        )
+    best = position.stopping.update(value, position.steps)
+    shown = "undefined" if value is None else f"{value:.5f}"
+    mark = " (best)" if best else ""
+    log.say(f"{name}: step {position.steps}, validation {phase.metric} {shown}{mark}")
+    values = {"step": position.steps, "epoch": position.cursor.epoch, phase.metric: value}
+    log.metrics(name, {**values, "log_loss": scores.log_loss, "seconds": position.seconds})
+    save(best)
+
+
+class _Meter:
+    """The mean loss since the last look, over all ranks; stops a run whose loss is no number."""
+
+    def __init__(self, ranks: Ranks, name: str) -> None:
+        self.ranks, self.name = ranks, name
+        self._sum: torch.Tensor | float = 0.0
+        self._count = 0
+        self._shown = ""
+
+    def add(self, loss: torch.Tensor, step: int) -> str:
+        self._sum, self._count = self._sum + loss, self._count + 1
+        if self._count == LOSS_EVERY:
+            mean = sum(self.ranks.gather(float(self._sum))) / self._count
+            if not torch.isfinite(torch.tensor(mean)):
+                raise UserError(
+                    f"{self.name}: the loss is {mean} in the {LOSS_EVERY} steps before {step}; "
+                    "lower the learning rates, or look for values far out of range in the rows"
+                )
+            self._sum, self._count, self._shown = 0.0, 0, f"loss {mean:.4f}"
+        return self._shown

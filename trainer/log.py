@@ -1,0 +1,82 @@
+"""What a person and a dashboard see of a run: console, metrics as JSON lines, wandb."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import wandb
+
+from trainer.config import TrackingConfig
+
+
+class RunLog:
+    """Only the first rank speaks; on the others every call does nothing."""
+
+    def __init__(self, speaks: bool, folder: Path, tracking: TrackingConfig, name: str) -> None:
+        self.speaks = speaks
+        self._file: TextIO | None = None
+        self._wandb = None
+        if not speaks:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if tracking.wandb != "disabled":
+            self._wandb = wandb.init(
+                project=tracking.project,
+                name=name,
+                dir=folder,
+                mode=tracking.wandb,
+                settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
+            )
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        if self.speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    def metrics(self, phase: str, values: dict[str, Any]) -> None:
+        """One line of the metrics file; its numbers also go to wandb as `<phase>/<name>`."""
+        if self._file is None:
+            return
+        self._file.write(
+            json.dumps({"time": round(time.time(), 3), "phase": phase, **values}) + "\n"
+        )
+        self._file.flush()
+        if self._wandb is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self._wandb.log({f"{phase}/{name}": value for name, value in numbers.items()})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Progress:
+    """A line with rate and time left: redrawn on a terminal, every few seconds elsewhere."""
+
+    def __init__(self, what: str, total: int, unit: str, speaks: bool = True) -> None:
+        self.what, self.total, self.unit, self.speaks = what, total, unit, speaks
+        self._terminal = sys.stderr.isatty()
+        self._start = time.monotonic()
+        self._shown = self._start
+        self._done = 0
+
+    def add(self, count: int, note: str = "") -> None:
+        """`count` more units are done."""
+        self._done += count
+        now = time.monotonic()
+        if self.speaks and now - self._shown >= (0.5 if self._terminal else 5):
+            self._shown = now
+            end = "\r" if self._terminal else "\n"
+            print(f"{self._line(now)} {note}", end=end, file=sys.stderr, flush=True)
+
+    def _line(self, now: float) -> str:
+        rate = self._done / max(now - self._start, 1e-9)
+        left = math.ceil((self.total - self._done) / rate) if rate else 0
+        share = self._done / max(self.total, 1)
+        return f"  {self.what}: {share:4.0%} {rate:,.0f} {self.unit}/s, {left} s left"

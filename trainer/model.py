@@ -1,0 +1,196 @@
+"""A scorer: tables and dense part joined, for one set of adapter slots.
+
+The trunk is what phase 1 trains: sharded tables and the shared dense tensors. A phase, an
+evaluation or a prediction builds a fresh method around it, so no state is left behind from one
+to the next.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_shards import Batch, Index, Loader, Schema, UserError
+from embeddings import (
+    Embedder,
+    Extension,
+    ShardedTables,
+    extension_tables,
+    table_width,
+    trunk_tables,
+)
+from models import METHODS, Method
+from models.backbones import BACKBONES, Inputs
+from trainer.adapter_store import Adapter
+from trainer.config import RunConfig
+from trainer.ranks import Ranks
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+OWN_ROWS = "own_rows/"
+
+
+@dataclass
+class Trunk:
+    """The shared part: tables on all ranks, dense tensors whole on each."""
+
+    config: RunConfig
+    ranks: Ranks
+    schema: Schema
+    rows: dict[str, int]
+    vocabulary: str
+    """Fingerprint of the vocabulary that numbers the tables' rows."""
+    tables: ShardedTables
+    dense: dict[str, Tensor]
+
+    def method(self) -> Method:
+        """A method with the trunk's dense tensors and no adapter."""
+        method = new_method(self.config, self.schema).to(self.ranks.device)
+        _copy_into(method.shared(), self.dense, "shared part")
+        return method
+
+    def freeze(self) -> None:
+        self.tables.freeze()
+
+    def fingerprint(self) -> str:
+        """Of every byte that the other domains depend on; the same for any number of ranks."""
+        digest = hashlib.sha256(self.tables.digest().encode())
+        for name, tensor in sorted(self.dense.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(self, loader: Loader) -> None:
+        """Refuse shards whose ids mean other rows."""
+        for index in loader.indexes:
+            index.require_schema(self.schema)
+            if index.vocabulary.trunk != self.vocabulary:
+                raise UserError(
+                    "these shards number their ids by another vocabulary than the trunk's tables; "
+                    "write them with this run as base (`write-shards --base RUN_FOLDER`)"
+                )
+
+
+@dataclass
+class Model:
+    """Scores batches with whatever adapters its method holds."""
+
+    embedder: Embedder
+    dense: Dense
+    domains: Sequence[str]
+
+    def slots(self, loader: Loader) -> Tensor:
+        """The slot of each of the loader's domains, -1 where no adapter is loaded."""
+        place = {domain: slot for slot, domain in enumerate(self.domains)}
+        return torch.tensor([place.get(domain, -1) for domain in loader.domains])
+
+    def logits(self, batch: Batch, slots: Tensor, extended: bool) -> Tensor:
+        """[B]; `slots` from `slots(loader)`, `extended` if some shard set has own ids."""
+        slot = slots[batch.domain]
+        embedded = self.embedder(batch.ids, slot if extended else None)
+        return self.dense(embedded, batch.numbers, slot)
+
+
+def new_method(config: RunConfig, schema: Schema) -> Method:
+    """First weights are a pure function of the seed."""
+    inputs = Inputs(len(schema.ids), config.tables.dim, len(schema.numbers))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return METHODS[config.method.name](inputs, config.backbone, config.method)
+
+
+def new_trunk(config: RunConfig, ranks: Ranks, index: Index) -> Trunk:
+    """An untrained shared part for this shard set."""
+    if index.vocabulary.base_fingerprint is not None:
+        raise UserError(
+            "a shard set with an added domain's own ids cannot found a trunk; "
+            "write one without --base"
+        )
+    return empty_trunk(
+        config, ranks, index.schema, index.vocabulary.sizes, index.vocabulary.fingerprint
+    )
+
+
+def empty_trunk(
+    config: RunConfig, ranks: Ranks, schema: Schema, rows: Mapping[str, int], vocabulary: str
+) -> Trunk:
+    """A shared part of these sizes, with its first weights."""
+    ids = {field.name: rows[field.name] for field in schema.ids}
+    tables = trunk_tables(ids, config.tables, row_width(config))
+    sharded = ShardedTables(tables, config.tables, ranks.device, config.seed)
+    dense = {name: t.clone() for name, t in new_method(config, schema).shared().items()}
+    return Trunk(config, ranks, schema, ids, vocabulary, sharded, dense)
+
+
+def row_width(config: RunConfig) -> int:
+    """Floats of one table row, see `table_width`."""
+    if config.backbone.name not in BACKBONES:
+        raise UserError(
+            f"backbone.name: unknown {config.backbone.name!r}; there are: {', '.join(BACKBONES)}"
+        )
+    return table_width(config.tables.dim, BACKBONES[config.backbone.name].first_order)
+
+
+def trunk_alone(trunk: Trunk) -> Model:
+    """The shared part without any adapter."""
+    method = trunk.method().eval()
+    return Model(Embedder(trunk.tables, trunk.rows), method, method.domains)
+
+
+def with_adapters(trunk: Trunk, adapters: Sequence[Adapter]) -> Model:
+    """The shared part and these adapters, for mixed batches of all domains."""
+    method = trunk.method()
+    for adapter in adapters:
+        method.add_domain(adapter.domain, trunk.config.seed)
+        own = {k: v for k, v in adapter.tensors.items() if not k.startswith(OWN_ROWS)}
+        _copy_into(method.adapter(adapter.domain), own, f"adapter of {adapter.domain}")
+    extension = None
+    if any(adapter.vocabulary for adapter in adapters):
+        keys = trunk.tables.keys
+        rows = [[len(a.vocabulary.get(key, ())) for key in keys] for a in adapters]
+        extension = new_extension(trunk, rows)
+        extension.tables.load({key: _joined_rows(adapters, key, extension) for key in keys})
+        extension.tables.freeze()
+    embedder = Embedder(trunk.tables, trunk.rows, extension)
+    return Model(embedder, method.eval(), method.domains)
+
+
+def adapter_tensors(
+    trunk: Trunk, domains: Sequence[str], parameters: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Each domain's adapter, out of the stacked parameters that an engine has trained."""
+    method = trunk.method()
+    for domain in domains:
+        method.add_domain(domain, trunk.config.seed)
+    for name, parameter in method.named_parameters():
+        if name in parameters:
+            parameter.data.copy_(parameters[name])
+    return {d: {k: t.clone() for k, t in method.adapter(d).items()} for d in domains}
+
+
+def new_extension(trunk: Trunk, rows: Sequence[Sequence[int]]) -> Extension:
+    """Zero rows of their own for the domains in slot order; `rows` per domain and field."""
+    counts = Extension.table_rows(trunk.tables.keys, rows)
+    tables = extension_tables(counts, trunk.config.tables, trunk.tables.width)
+    sharded = ShardedTables(tables, trunk.config.tables, trunk.ranks.device, trunk.config.seed)
+    return Extension(sharded, rows)
+
+
+def _joined_rows(adapters: Sequence[Adapter], key: str, extension: Extension) -> Tensor:
+    width = extension.tables.width
+    found = [a.tensors[OWN_ROWS + key] for a in adapters if OWN_ROWS + key in a.tensors]
+    return torch.cat(found) if found else torch.zeros(1, width)
+
+
+def _copy_into(target: dict[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
+    if target.keys() != source.keys():
+        name = sorted(target.keys() ^ source.keys())[0]
+        raise UserError(f"{what}: tensor {name!r} is on one side only; it is of another run file")
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise UserError(
+                f"{what}: {name!r} has shape {tuple(source[name].shape)}, "
+                f"expected {tuple(tensor.shape)}; it is of another run file"
+            )
+        tensor.copy_(source[name])

@@ -1,0 +1,126 @@
+"""Phase 1: the shared part learns from all domains."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from data_shards import Loader, Rows, UserError
+from embeddings import Embedder
+from models import Method
+from trainer import checkpoint
+from trainer.checkpoint import Snapshot
+from trainer.early_stopping import EarlyStopping
+from trainer.engine import Engine
+from trainer.evaluate import evaluate
+from trainer.fit import Position, Trainee, fit
+from trainer.log import RunLog
+from trainer.model import Model, Trunk, adapter_tensors
+
+OPTIMIZER, PARAMETER = "optimizer/", "parameter/"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What phase 1 gives beside the trunk itself."""
+
+    seconds: float
+    steps: int
+    adapters: dict[str, dict[str, Tensor]]
+    """By domain, in one-phase training; else empty."""
+
+
+def pretrain(trunk: Trunk, shards: list[Path], folder: Path, log: RunLog) -> Pretrained:
+    """Train the trunk until early stopping and leave its best state in it.
+
+    Continues from the newest checkpoint in `folder`, if there is one.
+    """
+    config, ranks = trunk.config, trunk.ranks
+    phase = config.pretrain
+    train = _loader(trunk, shards, phase.rows, shuffle=True)
+    valid = _loader(trunk, shards, phase.validate, shuffle=False)
+    method = trunk.method()
+    trained = method.shared_parameters()
+    if phase.one_phase:
+        for domain in train.domains:
+            method.add_domain(domain, config.seed)
+        trained = [*method.shared_parameters(), *method.adapter_parameters()]
+    engine = Engine(
+        method,
+        trained,
+        config.engine,
+        phase.lr,
+        phase.weight_decay,
+        config.reading.global_batch // ranks.world,
+    )
+    model = Model(Embedder(trunk.tables, trunk.rows), engine, tuple(method.domains))
+    position = Position(EarlyStopping(phase.metric, phase.patience))
+    data = [index.fingerprint for index in train.indexes]
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        position = _resume(newest, trunk, engine, data)
+        log.say(f"pretrain: continues from {newest.name}")
+
+    def save(best: bool) -> None:
+        _save(folder, trunk, engine, position, data)
+
+    fit(
+        Trainee(model, engine, method, ranks, config.seed),
+        train,
+        phase,
+        position,
+        lambda: evaluate(model, valid, ranks),
+        save,
+        log,
+        "pretrain",
+    )
+    if position.stopping.best_step >= 0:
+        _resume(folder / _name(position.stopping.best_step), trunk, engine, data)
+    trunk.dense = _dense(method, engine)
+    adapters = adapter_tensors(trunk, method.domains, engine.parameters())
+    return Pretrained(position.seconds, position.steps, adapters)
+
+
+def _loader(trunk: Trunk, shards: list[Path], splits: tuple[str, ...], shuffle: bool) -> Loader:
+    ranks = trunk.ranks
+    reading = trunk.config.reading
+    loader = Loader(shards, Rows(splits), reading, ranks.rank, ranks.world, shuffle)
+    trunk.check(loader)
+    return loader
+
+
+def _name(step: int) -> str:
+    return f"step-{step:010d}"
+
+
+def _save(
+    folder: Path, trunk: Trunk, engine: Engine, position: Position, data: list[str]
+) -> None:
+    state = {OPTIMIZER + name: tensor for name, tensor in engine.optimizer_state().items()}
+    parameters = {PARAMETER + name: tensor for name, tensor in engine.parameters().items()}
+    name = _name(position.steps)
+    snapshot = Snapshot({**state, **parameters}, {**position.state(), "data": data})
+    checkpoint.save(folder / name, trunk.ranks, trunk.tables, snapshot)
+    keep, best = trunk.config.keep_checkpoints, _name(position.stopping.best_step)
+    checkpoint.mark_latest(folder, name, trunk.ranks, keep, best)
+
+
+def _resume(path: Path, trunk: Trunk, engine: Engine, data: list[str]) -> Position:
+    snapshot = checkpoint.load(path, trunk.ranks, trunk.tables)
+    if snapshot.values["data"] != data:
+        raise UserError(
+            f"{path}: learned from other shards than those in data.shards now; "
+            "restore them, or start a run of another name"
+        )
+    engine.load(_under(PARAMETER, snapshot.tensors), _under(OPTIMIZER, snapshot.tensors))
+    return Position.from_state(snapshot.values)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _dense(method: Method, engine: Engine) -> dict[str, Tensor]:
+    """The shared tensors, whole: trained ones from the engine, the rest as they were."""
+    trained = engine.parameters()
+    return {name: trained.get(name, tensor) for name, tensor in method.shared().items()}

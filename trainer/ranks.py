@@ -1,0 +1,77 @@
+"""Who this process is among all, and its device."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_shards.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of a run."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order, on every rank."""
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+
+def together(ranks: Ranks, where: Path, act: Callable[[], T]) -> list[T]:
+    """What `act` gives on every rank; if it fails on one, all raise its error and none waits."""
+    result, problem = None, None
+    try:
+        result = act()
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{where}: {error.strerror}; free some space, or set another output"
+    gathered = ranks.gather((result, problem))
+    for _, other in gathered:
+        if other is not None:
+            raise UserError(other)
+    return [value for value, _ in gathered]
+
+
+def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+    """Join the process group that torchrun describes, or be a group of one without it."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    if "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,121 @@
+"""Tables that a person reads at the end of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.adapter_store import Adapter
+from trainer.model import Trunk
+
+HEAD = ["domain", "test rows", "AUC shared", "+ adapter", "change", "log loss", "+ adapter"]
+
+
+def sizes(trunk: Trunk, adapters: Sequence[Adapter]) -> dict[str, int]:
+    """Parameters of the trunk, and of the largest adapter; 4 bytes each."""
+    tables = sum(table.rows * table.width for table in trunk.tables.tables)
+    dense = sum(tensor.numel() for tensor in trunk.dense.values())
+    counts = [sum(t.numel() for t in adapter.tensors.values()) for adapter in adapters]
+    return {"tables": tables, "dense": dense, "adapter": max(counts, default=0)}
+
+
+def final_table(summary: dict[str, Any]) -> str:
+    """Per domain: rows, AUC and log loss of the shared part and with its adapter."""
+    shared, adapted, kept = summary["shared"], summary["adapted"], set(summary["kept"])
+    after = {score["domain"]: score for score in adapted["domains"]}
+    rows = [
+        [
+            before["domain"],
+            f"{before['rows']:,}",
+            *_pair(before, after[before["domain"]]),
+            "kept" if before["domain"] in kept else "-",
+        ]
+        for before in shared["domains"]
+    ]
+    lines = [
+        grid([*HEAD, ""], rows),
+        _wauc_line(shared, adapted),
+        f"{len(kept)} of {len(rows)} adapters beat the shared part on validation rows",
+    ]
+    lines += [f"no adapter: {reason}" for reason in summary["skipped"].values()]
+    lines.append(_size_line(summary["sizes"]))
+    return "\n".join(lines)
+
+
+def added_table(summary: dict[str, Any]) -> str:
+    """What an added domain gained, and that nobody else moved."""
+    before, after = summary["shared"]["domains"][0], summary["adapted"]["domains"][0]
+    rows = [
+        ["shared part alone", _figure(before["auc"]), f"{before['log_loss']:.4f}"],
+        ["with its adapter", _figure(after["auc"]), f"{after['log_loss']:.4f}"],
+    ]
+    own = ", ".join(f"{key} {count:,}" for key, count in summary["own_ids"].items())
+    verdict = "the trunk, the other adapters and all their predictions are bit-equal"
+    return "\n".join(
+        [
+            grid([f"{summary['domain']} ({before['rows']:,} test rows)", "AUC", "log loss"], rows),
+            f"trained in {summary['seconds']:.1f} s; kept: {'yes' if summary['kept'] else 'no'}"
+            + (f"; rows of its own: {own}" if own else ""),
+            f"{summary['others']} other adapters: "
+            + (f"MOVED: {', '.join(summary['moved'])}" if summary["moved"] else verdict),
+            _size_line(summary["sizes"]),
+        ]
+    )
+
+
+def scores_table(shared: dict[str, Any], adapted: dict[str, Any]) -> str:
+    """Two `Scores.to_dict()` of the same rows side by side."""
+    after = {score["domain"]: score for score in adapted["domains"]}
+    rows = [
+        [score["domain"], f"{score['rows']:,}", *_pair(score, after[score["domain"]])]
+        for score in shared["domains"]
+    ]
+    return f"{grid(HEAD, rows)}\n{_wauc_line(shared, adapted)}"
+
+
+def _wauc_line(shared: dict[str, Any], adapted: dict[str, Any]) -> str:
+    before, after = shared["wauc"], adapted["wauc"]
+    line = f"WAUC {_figure(before)} shared, {_figure(after)} with adapters"
+    line += f" ({_change(before, after)})" if before is not None else ""
+    if shared["undefined"]:
+        line += f"; {shared['undefined']} domains have one class in these rows: no AUC, not in WAUC"
+    return line
+
+
+def _pair(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [
+        _figure(before["auc"]),
+        _figure(after["auc"]),
+        _change(before["auc"], after["auc"]),
+        f"{before['log_loss']:.4f}",
+        f"{after['log_loss']:.4f}",
+    ]
+
+
+def _size_line(counts: dict[str, int]) -> str:
+    trunk = counts["tables"] + counts["dense"]
+    share = counts["adapter"] / trunk
+    return (
+        f"trunk {trunk:,} parameters ({4 * trunk:,} bytes; {counts['tables']:,} in tables), "
+        f"largest adapter {counts['adapter']:,} ({4 * counts['adapter']:,} bytes, {share:.2%})"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f"{after - before:+.4f}"
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned: the first to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(head), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])

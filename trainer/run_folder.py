@@ -1,0 +1,121 @@
+"""A run's folder: what it was asked, what it learned, and everything needed to use that later.
+
+run.toml, metrics.jsonl, wandb/, checkpoints/, trunk/ (the shared part at its best),
+vocabulary/, adapters/<method>/<domain>/<version>/, summary.json, added/<domain>.json.
+"""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from data_shards import Index, Schema, UserError, Vocabulary
+from trainer import checkpoint
+from trainer.adapter_store import Adapter, AdapterStore
+from trainer.checkpoint import Snapshot
+from trainer.config import RunConfig, dump, first_difference, from_dict
+from trainer.model import Trunk, empty_trunk
+from trainer.ranks import Ranks, together
+
+RUN_FILE, SUMMARY = "run.toml", "summary.json"
+
+
+class RunFolder:
+    """Paths of one run, and how its parts are written and read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.trunk = path / "trunk"
+        self.vocabulary = path / "vocabulary"
+        self.adapters = AdapterStore(path / "adapters")
+
+    def open(self, config: RunConfig, ranks: Ranks) -> None:
+        """Start the folder, or continue one of the same run file; another one is refused."""
+
+        def act() -> None:
+            existing = self.path / RUN_FILE
+            if existing.exists():
+                theirs = tomllib.loads(existing.read_text(encoding="utf-8"))
+                key = first_difference(tomllib.loads(dump(config)), theirs)
+                if key is not None:
+                    raise UserError(
+                        f"{self.path}: holds a run of another run file (they differ in {key}); "
+                        "set another name or output, or delete the folder"
+                    )
+                return
+            self.path.mkdir(parents=True, exist_ok=True)
+            existing.write_text(dump(config), encoding="utf-8")
+
+        together(ranks, self.path, lambda: act() if ranks.first else None)
+
+    @classmethod
+    def config(cls, path: Path) -> RunConfig:
+        """The resolved run file of a run."""
+        file = path / RUN_FILE
+        if not file.exists():
+            raise UserError(
+                f"{path}: not a run's folder (no {RUN_FILE}); give the one of a `train`"
+            )
+        return from_dict(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
+
+    def save_trunk(self, trunk: Trunk, index: Index, shards: Path, seconds: float) -> None:
+        """The shared part without optimizer state, and the vocabulary that numbers its rows."""
+        values = {
+            "schema": trunk.schema.to_json(),
+            "rows": trunk.rows,
+            "vocabulary": trunk.vocabulary,
+            "domains": list(index.domains),
+            "shards": index.fingerprint,
+            "seconds": seconds,
+        }
+
+        def copy() -> None:
+            shutil.rmtree(self.vocabulary, ignore_errors=True)
+            shutil.copytree(shards / "vocabulary", self.vocabulary)
+
+        together(trunk.ranks, self.path, lambda: copy() if trunk.ranks.first else None)
+        snapshot = Snapshot(trunk.dense, values)
+        checkpoint.save(self.trunk, trunk.ranks, trunk.tables, snapshot, optimizer=False)
+
+    def load_trunk(self, config: RunConfig, ranks: Ranks) -> Trunk:
+        """The shared part as phase 1 left it, frozen."""
+        values = self.trunk_values()
+        schema = Schema.from_json(values["schema"])
+        trunk = empty_trunk(config, ranks, schema, values["rows"], values["vocabulary"])
+        snapshot = checkpoint.load(self.trunk, ranks, trunk.tables, optimizer=False)
+        trunk.dense = snapshot.tensors
+        trunk.freeze()
+        return trunk
+
+    def trunk_values(self) -> dict[str, Any]:
+        """What the saved trunk says of itself."""
+        if not (self.trunk / checkpoint.MANIFEST).exists():
+            raise UserError(
+                f"{self.path}: its shared part is not trained yet; run `train` to the end"
+            )
+        return json.loads((self.trunk / "state.json").read_text(encoding="utf-8"))
+
+    def load_vocabulary(self) -> Vocabulary:
+        """The vocabulary of the trunk's tables."""
+        values = self.trunk_values()
+        schema = Schema.from_json(values["schema"])
+        return Vocabulary.load(self.vocabulary, schema, values["rows"], None)
+
+    def kept_adapters(self, method: str, trunk: str) -> list[Adapter]:
+        """The newest adapter of each domain, where it beat the shared part."""
+        found = [self.adapters.load(method, d, trunk=trunk) for d in self.adapters.domains(method)]
+        return [adapter for adapter in found if adapter.kept]
+
+    def save_added(self, domain: str, values: dict[str, Any]) -> None:
+        """What `add-domain` found."""
+        folder = self.path / "added"
+        folder.mkdir(exist_ok=True)
+        text = json.dumps(values, indent=1)
+        (folder / f"{quote(domain, safe='')}.json").write_text(text + "\n", encoding="utf-8")
+
+    def save_summary(self, values: dict[str, Any]) -> None:
+        text = json.dumps(values, indent=1)
+        (self.path / SUMMARY).write_text(text + "\n", encoding="utf-8")

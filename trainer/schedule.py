@@ -1,0 +1,230 @@
+"""Whole runs: two phases for `train`, the second one alone for `add-domain`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards import Index, Loader, Rows, UserError
+from trainer.adapt import adapt, rows_of
+from trainer.adapter_store import Adapter
+from trainer.config import RunConfig
+from trainer.evaluate import Predictions, evaluate, predict
+from trainer.log import RunLog
+from trainer.metrics import Scores
+from trainer.model import Trunk, new_trunk, trunk_alone, with_adapters
+from trainer.pretrain import Pretrained, pretrain
+from trainer.ranks import Ranks, together
+from trainer.report import added_table, final_table, sizes
+from trainer.run_folder import RunFolder
+
+
+def train(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Pretrain, adapt every domain, compare; returns the summary. Continues an unfinished run."""
+    shards = Path(config.data.shards)
+    index = Index.load(shards)
+    index.require_schema(config.data.schema)
+    folder = RunFolder(config.folder)
+    folder.open(config, ranks)
+    log = RunLog(ranks.first, folder.path, config.tracking, config.name)
+    try:
+        return _train(config, ranks, index, folder, log)
+    finally:
+        log.close()
+
+
+def _train(
+    config: RunConfig, ranks: Ranks, index: Index, folder: RunFolder, log: RunLog
+) -> dict[str, Any]:
+    shards = Path(config.data.shards)
+    if (folder.trunk / "manifest.json").exists():
+        log.say("pretrain: done already, its trunk is taken")
+        trunk = folder.load_trunk(config, ranks)
+        seconds = folder.trunk_values()["seconds"]
+    else:
+        trunk = new_trunk(config, ranks, index)
+        pretrained = pretrain(trunk, [shards], folder.checkpoints, log)
+        seconds = pretrained.seconds
+        _save_one_phase(trunk, pretrained, index, folder)
+        folder.save_trunk(trunk, index, shards, seconds)
+        trunk.freeze()
+    trunk_id = trunk.fingerprint()
+    skipped = {}
+    if "adapt" in config.phases:
+        skipped = _adapt_all(trunk, trunk_id, index.domains, shards, folder, log)
+    test = _loader(trunk, shards, config.test, None)
+    base = evaluate(trunk_alone(trunk), test, ranks, "test, shared part")
+    kept = folder.kept_adapters(config.method.name, trunk_id)
+    adapted = base
+    if kept:
+        adapted = evaluate(with_adapters(trunk, kept), test, ranks, "test, with adapters")
+    summary = {
+        "trunk": trunk_id,
+        "pretrain_seconds": round(seconds, 3),
+        "shared": base.to_dict(),
+        "adapted": adapted.to_dict(),
+        "kept": [adapter.domain for adapter in kept],
+        "skipped": skipped,
+        "sizes": sizes(trunk, kept),
+    }
+    if ranks.first:
+        folder.save_summary(summary)
+    log.metrics("test", {"wauc_shared": base.wauc, "wauc_adapted": adapted.wauc})
+    log.say(final_table(summary))
+    return summary
+
+
+def _adapt_all(
+    trunk: Trunk,
+    trunk_id: str,
+    domains: tuple[str, ...],
+    shards: Path,
+    folder: RunFolder,
+    log: RunLog,
+) -> dict[str, str]:
+    """Adapt each domain that has no adapter on this trunk yet; returns why others have none."""
+    method, skipped = trunk.config.method.name, {}
+    done = folder.adapters.domains(method)
+    for number, domain in enumerate(domains, 1):
+        if domain in done:
+            folder.adapters.load(method, domain, trunk=trunk_id)
+            continue
+        log.say(f"adapt {domain} ({number} of {len(domains)})")
+        try:
+            rows = rows_of(trunk, shards, domain)
+        except UserError as error:
+            skipped[domain] = str(error)
+            log.say(f"adapt {domain}: no adapter: {error}")
+            continue
+        save_adapter(folder, adapt(trunk, trunk_id, rows, log), trunk.ranks)
+    return skipped
+
+
+def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: RunFolder) -> None:
+    """Adapters that learned together with the trunk belong to it: each is kept."""
+    trunk_id = trunk.fingerprint() if pretrained.adapters else ""
+    for domain, tensors in pretrained.adapters.items():
+        adapter = Adapter(
+            method=trunk.config.method.name,
+            domain=domain,
+            version=0,
+            trunk=trunk_id,
+            schema=trunk.schema.fingerprint(),
+            data=index.fingerprint,
+            metrics={"steps": pretrained.steps, "seconds": round(pretrained.seconds, 3)},
+            kept=True,
+            tensors=tensors,
+        )
+        save_adapter(folder, adapter, trunk.ranks)
+
+
+def save_adapter(folder: RunFolder, adapter: Adapter, ranks: Ranks) -> None:
+    """Store an adapter once, whatever the number of ranks."""
+    together(ranks, folder.path, lambda: folder.adapters.save(adapter) if ranks.first else None)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What adding a domain must not move: digests, and other domains' predictions."""
+
+    trunk: str
+    adapters: dict[str, str]
+    logits: Predictions | None
+
+    def differences(self, after: "Witness") -> list[str]:
+        """Names of what moved; empty is the promise kept."""
+        moved = ["trunk"] if self.trunk != after.trunk else []
+        moved += [f"adapter of {d}" for d, h in self.adapters.items() if after.adapters[d] != h]
+        if self.logits is not None and after.logits is not None:
+            same = np.array_equal(
+                self.logits.logit.view(np.uint32), after.logits.logit.view(np.uint32)
+            )
+            moved += [] if same else ["predictions"]
+        return moved
+
+
+def add_domain(
+    config: RunConfig, folder: RunFolder, domain: str, shards: Path, ranks: Ranks
+) -> dict[str, Any]:
+    """Phase 2 for one name on a finished run, and the proof that the others did not move."""
+    method = config.method.name
+    if domain in folder.adapters.domains(method):
+        raise UserError(
+            f"domain {domain!r} has an adapter in {folder.path} already; "
+            f"remove it first: remove-domain {folder.path} {domain}"
+        )
+    log = RunLog(ranks.first, folder.path, config.tracking, f"{config.name}-{domain}")
+    try:
+        trunk = folder.load_trunk(config, ranks)
+        rows = rows_of(trunk, shards, domain)
+        before = _witness(trunk, folder)
+        adapter = adapt(trunk, before.trunk, rows, log)
+        save_adapter(folder, adapter, ranks)
+        moved = ranks.broadcast(before.differences(_witness(trunk, folder)))
+        summary = _added_summary(trunk, folder, adapter, shards, moved)
+        log.metrics("add-domain", summary)
+        if ranks.first:
+            folder.save_added(domain, summary)
+        log.say(added_table(summary))
+        if moved:
+            raise RuntimeError(f"adding {domain} moved: {', '.join(moved)}; this is a defect")
+        return summary
+    finally:
+        log.close()
+
+
+def _added_summary(
+    trunk: Trunk, folder: RunFolder, adapter: Adapter, shards: Path, moved: list[str]
+) -> dict[str, Any]:
+    test = _loader(trunk, shards, trunk.config.test, (adapter.domain,))
+    model = with_adapters(trunk, [adapter])
+    return {
+        "domain": adapter.domain,
+        "shared": evaluate(trunk_alone(trunk), test, trunk.ranks).to_dict(),
+        "adapted": evaluate(model, test, trunk.ranks).to_dict(),
+        "kept": adapter.kept,
+        "own_ids": {key: len(values) for key, values in adapter.vocabulary.items()},
+        "seconds": adapter.metrics["seconds"],
+        "others": len(folder.adapters.domains(adapter.method)) - 1,
+        "moved": moved,
+        "sizes": sizes(trunk, [adapter]),
+    }
+
+
+def _witness(trunk: Trunk, folder: RunFolder) -> Witness:
+    """Digests of trunk and stored adapters; predictions of the trunk's own domains."""
+    method = trunk.config.method.name
+    trunk_id = trunk.fingerprint()
+    model = with_adapters(trunk, folder.kept_adapters(method, trunk_id))
+    stored = folder.adapters.domains(method)
+    digests = {domain: folder.adapters.digest(method, domain) for domain in stored}
+    own = Path(trunk.config.data.shards)
+    rows = _loader(trunk, own, trunk.config.test, None)
+    return Witness(trunk_id, digests, predict(model, rows, trunk.ranks, "others' predictions"))
+
+
+def evaluate_run(
+    config: RunConfig,
+    folder: RunFolder,
+    shards: Path,
+    splits: tuple[str, ...],
+    domains: tuple[str, ...] | None,
+    ranks: Ranks,
+) -> tuple[Scores, Scores]:
+    """Scores of the shared part alone and with the kept adapters, on any shard set."""
+    trunk = folder.load_trunk(config, ranks)
+    loader = _loader(trunk, shards, splits, domains)
+    kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
+    base = evaluate(trunk_alone(trunk), loader, ranks, "shared part")
+    return base, evaluate(with_adapters(trunk, kept), loader, ranks, "with adapters")
+
+
+def _loader(
+    trunk: Trunk, shards: Path, splits: tuple[str, ...], domains: tuple[str, ...] | None
+) -> Loader:
+    """Rows in order, for scoring."""
+    ranks, reading = trunk.ranks, trunk.config.reading
+    loader = Loader(shards, Rows(splits, domains), reading, ranks.rank, ranks.world, shuffle=False)
+    trunk.check(loader)
+    return loader

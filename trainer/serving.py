@@ -1,0 +1,61 @@
+"""A run's model in one process, for rows that are not in any shard."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from data_shards import encode_batch
+from trainer.config import RunConfig
+from trainer.model import with_adapters
+from trainer.ranks import Ranks
+from trainer.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Served:
+    """Probabilities of some rows, and how many of them no adapter took part in."""
+
+    probability: np.ndarray
+    alone: int
+
+
+class Server:
+    """The trunk with every kept adapter; each domain's rows see its own vocabulary."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, ranks: Ranks) -> None:
+        trunk = folder.load_trunk(config, ranks)
+        self.schema = trunk.schema
+        self._ranks = ranks
+        adapters = folder.kept_adapters(config.method.name, trunk.fingerprint())
+        self._model = with_adapters(trunk, adapters)
+        base = folder.load_vocabulary()
+        self._base = base
+        self._vocabularies = {
+            a.domain: base.with_added(a.vocabulary) for a in adapters if a.vocabulary
+        }
+
+    @torch.no_grad()
+    def probabilities(self, rows: pa.Table) -> Served:
+        """Click probabilities in the rows' order, from `row_id`, `domain` and raw fields."""
+        names = rows["domain"].to_numpy(zero_copy_only=False)
+        probability = np.empty(len(rows))
+        place = {domain: slot for slot, domain in enumerate(self._model.domains)}
+        groups = {None: ~np.isin(names, list(self._vocabularies))}
+        groups |= {domain: names == domain for domain in self._vocabularies}
+        for owner, mask in groups.items():
+            if not mask.any():
+                continue
+            vocabulary = self._base if owner is None else self._vocabularies[owner]
+            part = rows.filter(pa.array(mask))
+            label = pa.array(np.zeros(len(part), np.float32))
+            encoded = vocabulary.encode(part.append_column("label", label))
+            slots = np.array([place.get(name, -1) for name in names[mask]])
+            batch = encode_batch(self.schema, encoded, slots).to(self._ranks.device)
+            identity = torch.arange(len(place) + 1, device=self._ranks.device)
+            identity[-1] = -1
+            logit = self._model.logits(batch, identity, owner is not None)
+            probability[mask] = torch.sigmoid(logit.double()).cpu().numpy()
+        known = np.isin(names, list(place))
+        return Served(probability, int((~known).sum()))
