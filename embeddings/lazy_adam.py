@@ -4,7 +4,7 @@ The rule is fbgemm's GPU Adam: a row moves only in steps that touch it, moments 
 stand still, and the bias correction counts all steps. The lookup itself stays fbgemm's kernel.
 """
 
-from itertools import groupby
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -16,6 +16,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+AHEAD = 32  # rows read before the first of them moves
+CACHE_LINE = 16  # floats
 
 
 class LazyAdam(nn.Module):
@@ -30,7 +32,10 @@ class LazyAdam(nn.Module):
         self.iter = torch.zeros(1, dtype=torch.int64)
         # Backward is called only if some input asks for a gradient; the weights must not.
         self._anchor = torch.zeros(0, requires_grad=True)
-        self._runs = _runs_of_equal_width(kernel)
+        self._tables = _tables_of(kernel)
+        # No two tables share a row, so threads change no bit of the result.
+        threads = min(torch.get_num_threads(), len(self._tables))
+        self._map = map if threads == 1 else ThreadPoolExecutor(threads).map
 
     def forward(self, indices: Tensor, offsets: Tensor, **unused: Any) -> Tensor:
         """Sum-pooled vectors [bags of a feature, widths of all features]."""
@@ -46,11 +51,7 @@ class LazyAdam(nn.Module):
 
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
         """Per table, views of both moments, [rows, width] each."""
-        return [
-            {"exp_avg": m, "exp_avg_sq": v}
-            for run in self._runs
-            for m, v in zip(run.split(run.exp_avg), run.split(run.exp_avg_sq), strict=True)
-        ]
+        return [{"exp_avg": t.exp_avg, "exp_avg_sq": t.exp_avg_sq} for t in self._tables]
 
     def update(self, grad: Tensor, indices: Tensor, offsets: Tensor) -> None:
         """One step over the rows that `indices` touch; `grad` [bags, sum of widths]."""
@@ -58,68 +59,87 @@ class LazyAdam(nn.Module):
         steps = int(self.iter)
         scale = (1 - BETA2**steps) ** 0.5 / (1 - BETA1**steps)
         eps = EPS * (1 - BETA2**steps) ** 0.5
-        grad_np, ids, ends = grad.contiguous().numpy(), indices.numpy(), offsets.numpy()
-        for run in self._runs:
-            run.step(grad_np, ids, ends, (self.lr * scale, eps, self.lr * self.weight_decay))
+        rates = (self.lr * scale, eps, self.lr * self.weight_decay)
+        batch = (grad.contiguous().numpy(), indices.numpy(), offsets.numpy())
+        for _ in self._map(lambda table: table.step(*batch, rates), self._tables):
+            pass
 
 
-class _Run:
-    """Neighbouring tables of one width, seen as a single matrix so that one pass updates all."""
+class _Table:
+    """One table's weight and moments, and which feature and columns of a lookup are its own."""
 
-    def __init__(self, weight: Tensor, rows: list[int], features: range, column: int) -> None:
+    def __init__(self, weight: Tensor, feature: int, column: int) -> None:
         self.weight = weight
-        self.rows = rows
-        self.features = features
-        self.column = column
-        self.start = np.cumsum([0, *rows[:-1]])
+        self.feature, self.column = feature, column
         self.exp_avg = torch.zeros_like(weight)
         self.exp_avg_sq = torch.zeros_like(weight)
         self._slot = np.full(len(weight), -1, dtype=np.int32)
-
-    def split(self, matrix: Tensor) -> list[Tensor]:
-        return list(matrix.split(self.rows))
 
     def step(
         self, grad: np.ndarray, ids: np.ndarray, ends: np.ndarray, rates: tuple[float, float, float]
     ) -> None:
         state = (self.weight.numpy(), self.exp_avg.numpy(), self.exp_avg_sq.numpy(), self._slot)
-        place = (self.features.start, self.column, self.start)
-        _adam_step(state, grad, ids, ends, place, rates)
+        first = self.feature * len(grad)
+        own_ends = ends[first : first + len(grad) + 1]
+        _adam_step(state, grad, self.column, ids, own_ends, rates)
 
 
-@numba.njit(nogil=True)
-def _adam_step(state, grad, ids, ends, place, rates):  # type: ignore[no-untyped-def]
-    """Sum the gradient of each touched row, then move those rows; one pass, no sort.
+# As numpy divides: a check for zero in every division would keep the loops from vector registers.
+_compiled = numba.njit(nogil=True, error_model="numpy")
 
-    `slot` is -1 for every row between calls; here it numbers the touched rows.
-    """
+
+@_compiled
+def _adam_step(state, grad, column, ids, ends, rates):  # type: ignore[no-untyped-def]
+    """Sum the gradient of each touched row, then move those rows; one pass, no sort."""
     weight, exp_avg, exp_avg_sq, slot = state
-    feature, column, start = place
-    lr, eps, decay = np.float32(rates[0]), np.float32(rates[1]), np.float32(rates[2])
-    beta1, beta2, one = np.float32(BETA1), np.float32(BETA2), np.float32(1)
-    bags, width = grad.shape[0], weight.shape[1]
-    first = feature * bags
-    total = ends[first + len(start) * bags] - ends[first]
+    rows, sums = _sum_by_row(slot, grad, column, ids, ends, weight.shape[1])
+    seen = np.float32(0)
+    for first in range(0, len(rows), AHEAD):
+        block = slice(first, first + AHEAD)
+        seen += _read_ahead(weight, exp_avg, exp_avg_sq, rows[block])
+        _move(weight, exp_avg, exp_avg_sq, rows[block], sums[block], rates)
+    return seen
+
+
+@_compiled
+def _sum_by_row(slot, grad, column, ids, ends, width):  # type: ignore[no-untyped-def]
+    """(touched rows, the gradient of each); `slot` is -1 for every row before and after."""
+    total = ends[-1] - ends[0]
     rows = np.empty(total, dtype=np.int64)
     sums = np.zeros((total, width), dtype=np.float32)
     count = 0
-    for f in range(len(start)):
-        left = column + f * width
-        for bag in range(bags):
-            at = first + f * bags + bag
-            for i in range(ends[at], ends[at + 1]):
-                row = start[f] + ids[i]
-                if slot[row] < 0:
-                    slot[row] = count
-                    rows[count] = row
-                    count += 1
-                at_sum = slot[row]
-                for d in range(width):
-                    sums[at_sum, d] += grad[bag, left + d]
+    for bag in range(len(grad)):
+        for i in range(ends[bag], ends[bag + 1]):
+            row = ids[i]
+            if slot[row] < 0:
+                slot[row] = count
+                rows[count] = row
+                count += 1
+            at = slot[row]
+            for d in range(width):
+                sums[at, d] += grad[bag, column + d]
     for s in range(count):
+        slot[rows[s]] = -1
+    return rows[:count], sums[:count]
+
+
+@_compiled
+def _read_ahead(weight, exp_avg, exp_avg_sq, rows):  # type: ignore[no-untyped-def]
+    """Loads that wait for nothing, so that cache misses overlap; their sum keeps them compiled."""
+    seen = np.float32(0)
+    for row in rows:
+        for d in range(0, weight.shape[1], CACHE_LINE):
+            seen += weight[row, d] + exp_avg[row, d] + exp_avg_sq[row, d]
+    return seen
+
+
+@_compiled
+def _move(weight, exp_avg, exp_avg_sq, rows, sums, rates):  # type: ignore[no-untyped-def]
+    lr, eps, decay = np.float32(rates[0]), np.float32(rates[1]), np.float32(rates[2])
+    beta1, beta2, one = np.float32(BETA1), np.float32(BETA2), np.float32(1)
+    for s in range(len(rows)):
         row = rows[s]
-        slot[row] = -1
-        for d in range(width):
+        for d in range(weight.shape[1]):
             g = sums[s, d]
             m = beta1 * exp_avg[row, d] + (one - beta1) * g
             v = beta2 * exp_avg_sq[row, d] + (one - beta2) * g * g
@@ -127,19 +147,11 @@ def _adam_step(state, grad, ids, ends, place, rates):  # type: ignore[no-untyped
             weight[row, d] -= lr * m / (np.sqrt(v) + eps) + decay * weight[row, d]
 
 
-def _runs_of_equal_width(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> list[_Run]:
-    specs = [(rows, dim) for rows, dim, _, _ in kernel.embedding_specs]
-    assert list(kernel.feature_table_map) == list(range(len(specs))), "one feature per table"
-    flat, runs, at, feature, column = kernel.weights_host.detach(), [], 0, 0, 0
-    for width, group in groupby(specs, key=lambda spec: spec[1]):
-        rows = [spec[0] for spec in group]
-        weight = flat[at : at + sum(rows) * width].view(-1, width)
-        features = range(feature, feature + len(rows))
-        runs.append(_Run(weight, rows, features, column))
-        at += weight.numel()
-        feature += len(rows)
-        column += len(rows) * width
-    return runs
+def _tables_of(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> list[_Table]:
+    weights = kernel.split_embedding_weights()
+    assert list(kernel.feature_table_map) == list(range(len(weights))), "one feature per table"
+    columns = np.cumsum([0, *(weight.shape[1] for weight in weights)]).tolist()
+    return [_Table(weight, i, columns[i]) for i, weight in enumerate(weights)]
 
 
 class _UpdateInBackward(torch.autograd.Function):

@@ -11,6 +11,7 @@ Example: python -m launch predict runs/movielens_mlora rows.parquet --out probab
 # pyright: reportAttributeAccessIssue=false
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from data_shards import Schema, UserError
+from data_shards import Field, Schema, UserError
 from launch.progress import say
 
 BATCH = 8192
-READERS = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
-WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
+DOMAIN = Field("domain", "id")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     for path, table in ((args.rows, READERS), (args.out, WRITERS)):
         if path.suffix not in table:
             raise UserError(f"{path}: expected a name that ends in {' or '.join(table)}")
+    if not args.out.parent.is_dir():
+        raise UserError(f"{args.out}: no folder {args.out.parent}; make it, or give another path")
     config = RunFolder.config(args.run_folder)
     with joined() as ranks:
         if ranks.world > 1:
@@ -53,7 +55,10 @@ def run(args: argparse.Namespace) -> None:
     found = pa.table(
         {"row_id": rows["row_id"], "domain": rows["domain"], "probability": probability}
     )
-    WRITERS[args.out.suffix](found, args.out)
+    try:
+        WRITERS[args.out.suffix](found, args.out)
+    except OSError as error:
+        raise UserError(f"{args.out}: could not be written ({error.strerror or error})") from None
     say(
         f"{args.out}: {len(found):,} rows; {alone:,} of domains without an adapter, "
         "scored by the shared part alone"
@@ -61,27 +66,60 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(path: Path, schema: Schema) -> pa.Table:
+    """`row_id`, `domain` and the schema's fields; what cannot be had is named."""
     try:
-        table = READERS[path.suffix](path)
-    except (OSError, pa.ArrowInvalid) as error:
+        table = READERS[path.suffix](path, schema)
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]}: {error}") from None
-    needed = ["domain", *(f.name for f in (*schema.ids, *schema.numbers) if f.name != "domain")]
-    missing = [name for name in needed if name not in table.column_names]
+    fields = {DOMAIN.name: DOMAIN} | {field.name: field for field in schema.fields}
+    missing = [name for name in fields if name not in table.column_names]
     if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}; needed: {', '.join(needed)}")
+        raise UserError(f"{path}: no column {missing[0]!r}; needed: {', '.join(fields)}")
     if len(table) == 0:
         raise UserError(f"{path}: no rows")
-    columns = {name: table[name] for name in needed}
-    for field in schema.ids:
-        text = pc.cast(columns[field.name], pa.string()) if not field.multi else columns[field.name]
-        if field.multi and pa.types.is_string(text.type):
-            text = pc.split_pattern(text, "|")
-        columns[field.name] = text
-    columns["domain"] = pc.cast(columns["domain"], pa.string())
-    ids = table["row_id"] if "row_id" in table.column_names else pa.array(range(len(table)))
-    return pa.table({"row_id": pc.cast(ids, pa.int64()), **columns})
+    if table["domain"].null_count:
+        row = pc.index(pc.is_null(table["domain"]), True).as_py()
+        raise UserError(f"{path}: row {row} has no domain; every row needs one")
+    if "row_id" not in table.column_names:
+        table = table.append_column("row_id", pa.array(np.arange(len(table))))
+    columns = {name: _column(path, field, table[name]) for name, field in fields.items()}
+    return pa.table({"row_id": _cast(path, "row_id", table["row_id"], pa.int64()), **columns})
 
 
-def _parts(rows: pa.Table):  # noqa: ANN202
+def _csv(path: Path, schema: Schema) -> pa.Table:
+    # Left to itself Arrow would read the id 00123 as the number 123.
+    types = {field.name: pa.string() for field in (DOMAIN, *schema.ids)}
+    options = pyarrow.csv.ConvertOptions(column_types=types)
+    return pyarrow.csv.read_csv(path, convert_options=options)
+
+
+def _parquet(path: Path, _: Schema) -> pa.Table:
+    return pyarrow.parquet.read_table(path)
+
+
+def _column(path: Path, field: Field, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if field.kind == "number":
+        return _cast(path, field.name, column, pa.float32())
+    if not field.multi:
+        return _cast(path, field.name, column, pa.string())
+    if not isinstance(column.type, pa.ListType | pa.LargeListType):
+        text = _cast(path, field.name, column, pa.string())
+        none = pa.scalar(None, pa.string())
+        column = pc.split_pattern(pc.if_else(pc.equal(text, ""), none, text), "|")
+    return _cast(path, field.name, column, pa.list_(pa.string()))
+
+
+def _cast(path: Path, name: str, column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    try:
+        return pc.cast(column, kind)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: column {name!r} is not {kind}: {error}") from None
+
+
+READERS = {".csv": _csv, ".parquet": _parquet}
+WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
+
+
+def _parts(rows: pa.Table) -> Iterator[pa.Table]:
     for start in range(0, len(rows), BATCH):
         yield rows.slice(start, BATCH)

@@ -30,15 +30,16 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, slot: Tensor) -> Tensor:
         """B_t A_t x (+ b_t) [rows, d_out] for x [rows, d_in]; zeros where slot is -1."""
-        x = dropout(x, self.dropout, self.training)
-        alone = self.training and len(self.a) == 1
-        delta = self._one(x) if alone else self._tiled(x, slot)
+        delta = self._tiled(dropout(x, self.dropout, self.training), slot)
         return delta.masked_fill((slot < 0).unsqueeze(1), 0)
 
-    def _one(self, x: Tensor) -> Tensor:
-        """Training one domain, as in phase 2: two plain products, equal up to rounding."""
-        bias = None if self.bias is None else self.bias[0]
-        return F.linear(F.linear(x, self.a[0]), self.b[0], bias)
+    def alone(self, x: Tensor, slot: Tensor) -> bool:
+        """Training one domain on its own rows, as in phase 2: W + B A can stand for both products.
+
+        Not in bf16, where the sum would round away most of B A.
+        """
+        one = self.training and len(self.a) == 1 and self.dropout == 0
+        return one and x.dtype != torch.bfloat16 and bool((slot == 0).all())
 
     def _tiled(self, x: Tensor, slot: Tensor) -> Tensor:
         """Bit-equal whatever other domains are in the model or in the batch: a row's place in
@@ -80,8 +81,11 @@ class DomainLinear(nn.Module):
 
     def forward(self, x: Tensor, slot: Tensor) -> Tensor:
         """[rows, d_out]; `slot` [rows] as in `Method.forward`."""
-        h = self.linear(x)
-        return h if self.low_rank is None else h + self.low_rank(x, slot)
+        if self.low_rank is None:
+            return self.linear(x)
+        if self.low_rank.alone(x, slot):
+            return F.linear(x, *self.merged(0))
+        return self.linear(x) + self.low_rank(x, slot)
 
     def append(self, shape: AdapterShape, generator: torch.Generator) -> None:
         """A new last slot: Gaussian A, zero B and bias, so the layer's output does not change."""
@@ -110,10 +114,11 @@ class DomainLinear(nn.Module):
         return {name: tensor[slot] for name, tensor in self.low_rank.stacked().items()}
 
     def merged(self, slot: int) -> tuple[Tensor, Tensor]:
-        """(W + B_t A_t, b + b_t): the layer of one domain as a plain linear layer."""
-        own = self.own(slot)
-        weight, bias = self.linear.weight.data, self.linear.bias.data
-        return weight + own["b"] @ own["a"], bias + own["bias"] if "bias" in own else bias
+        """(W + B_t A_t, b + b_t): the layer of one domain as a plain linear layer, with a graph."""
+        own, linear = self.low_rank, self.linear
+        assert own is not None
+        bias = linear.bias if own.bias is None else linear.bias + own.bias[slot]
+        return torch.addmm(linear.weight, own.b[slot], own.a[slot]), bias
 
 
 def tiles(slot: Tensor) -> tuple[Tensor, Tensor]:

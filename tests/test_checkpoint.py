@@ -1,7 +1,6 @@
 """Checkpoints are whole or not there: damage is named, a full disk harms nothing that was saved."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from data_shards import Index, UserError
 from tests.gang import gang
-from tests.toy_run import here, toy_config
+from tests.toy_run import here, refused, toy_config
 from trainer import checkpoint
 from trainer.adapter_store import Adapter
 from trainer.model import new_trunk
@@ -62,7 +61,7 @@ def _attempts(toy: Path, output: Path) -> dict[str, Any]:
         checkpoint.mark_latest(root, step, ranks, 1, "step-2")
 
     def load(step: str) -> str:
-        return _told(lambda: checkpoint.load(root / step, ranks, trunk.tables))
+        return refused(lambda: checkpoint.load(root / step, ranks, trunk.tables))
 
     save("step-1")
     told: dict[str, Any] = {}
@@ -76,14 +75,14 @@ def _attempts(toy: Path, output: Path) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             if ranks.rank == victim:
                 patch.setattr(checkpoint, "_write", _full_at(file))
-            told[name] = _told(lambda: save("step-2"))
+            told[name] = refused(lambda: save("step-2"))
         newest = checkpoint.latest(root)
         told[f"{name}, left"] = (newest and newest.name, load("step-1"), list(root.glob(".step-*")))
         dist.barrier()
     for step in ("step-2", "step-3", "step-4"):
         save(step)
     told["kept"] = sorted(path.name for path in root.glob("step-*"))
-    told["adapter"] = _told(lambda: _save_adapter_on_a_full_disk(output))
+    told["adapter"] = refused(lambda: _save_adapter_on_a_full_disk(output))
     return told
 
 
@@ -113,14 +112,6 @@ def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-
-
-def _told(act: Callable[[], Any]) -> str:
-    try:
-        act()
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module")

@@ -120,13 +120,17 @@ def _measure_all() -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def found() -> dict[int, dict[str, Run]]:
     answers = {world: gang(world, _measure_all) for world in WORLDS}
-    for ranks, key in product(answers.values(), answers[1][0]):
-        assert all(_bits(rank[key].ended, ranks[0][key].ended) for rank in ranks)
+    for ranks, run in product(answers.values(), answers[1][0]):
+        for rank in ranks:
+            _require_equal(rank[run].ended, ranks[0][run].ended, run)
     return {world: ranks[0] for world, ranks in answers.items()}
 
 
-def _bits(one: State, other: State) -> bool:
-    return same(one[0], other[0]) and same(one[1], other[1])
+def _require_equal(one: State, other: State, run: str, within: float = 0.0) -> None:
+    for got, wanted in zip(one, other, strict=True):
+        torch.testing.assert_close(
+            got, wanted, rtol=within, atol=within, msg=lambda text: f"{run}: {text}"
+        )
 
 
 Found = dict[int, dict[str, Run]]
@@ -181,9 +185,11 @@ def test_a_state_continues_as_if_never_saved(found: Found, world: int) -> None:
     cases += [("bf16", stage, f"{stage}/bf16") for stage in STAGES[1:]]
     states = [(kind, stage, found[world][run].saved) for kind, stage, run in cases]
     answers = gang(world, _continue, states)[0]
-    for (_, _, run), (loaded, ended) in zip(cases, answers, strict=True):
-        assert _bits(loaded, found[world][run].saved)
-        assert _bits(ended, found[world][run].ended)
+    # A sum over more than two ranks depends on the order in which autograd's hooks fill a bucket.
+    within = {"fp32": 1e-6, "bf16": 1e-3} if world > 2 else {"fp32": 0.0, "bf16": 0.0}
+    for (kind, _, run), (loaded, ended) in zip(cases, answers, strict=True):
+        _require_equal(loaded, found[world][run].saved, f"{run} as loaded")
+        _require_equal(ended, found[world][run].ended, f"{run} at the end", within[kind])
 
 
 @pytest.mark.parametrize(
@@ -196,8 +202,8 @@ def test_a_state_continues_at_any_stage_in_any_world(
     runs = [found[source][f"{stage}/1"] for stage in STAGES]
     states = [("fp32", (stage + up) % 4, run.saved) for stage, run in enumerate(runs)]
     for run, (loaded, ended) in zip(runs, gang(target, _continue, states)[0], strict=True):
-        assert _bits(loaded, run.saved)
-        torch.testing.assert_close(ended, run.ended, rtol=1e-5, atol=1e-6)
+        _require_equal(loaded, run.saved, "as loaded")
+        _require_equal(ended, run.ended, "at the end", 1e-6)
 
 
 def _from_parameters_alone(stage: int) -> bool:

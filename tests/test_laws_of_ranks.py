@@ -86,9 +86,7 @@ def test_the_same_global_batches_give_the_same_losses(
 ) -> None:
     ours, theirs = _global(ranked.steps[world, name]), _global(ranked.steps[ranked.reference(name)])
     assert [(at, rows) for at, _, rows in ours] == [(at, rows) for at, _, rows in theirs]
-    assert [loss for _, loss, _ in ours] == pytest.approx(
-        [loss for _, loss, _ in theirs], rel=1e-5
-    )
+    assert [loss for _, loss, _ in ours] == pytest.approx([loss for _, loss, _ in theirs], rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 4])

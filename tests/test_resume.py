@@ -2,27 +2,42 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from data_shards import Index, UserError
+from data_shards import write_shards
 from tests.gang import gang
-from tests.toy_run import Step, adapters_at, checkpoint_at, here, recording, toy_config
+from tests.toy_run import (
+    SCHEMA,
+    SIZES,
+    SPLIT,
+    Step,
+    adapters_at,
+    checkpoint_at,
+    here,
+    planted_rows,
+    recording,
+    refused,
+    toy_config,
+)
+from tests.toy_source import toy_source
 from trainer import checkpoint
 from trainer.schedule import train
 
 pytestmark = pytest.mark.dist
 
-CUT, SAVED = 17, 15  # the step at which a run is cut, and the newest checkpoint before it
+# Steps of phase 1: all, at the end of the first epoch, at a checkpoint, and where a run is cut.
+STEPS, EVALUATED, SAVED, CUT = 26, 13, 15, 17
+PLAIN = "engine.zero_stage=0"
+LAST = f"step-{STEPS:010d}"
 SETTINGS = ("pretrain.checkpoint_every=5", "keep_checkpoints=99", "adapt.min_rows=80")
 DROPOUT = {
     1: ("backbone.dropout=0.5", "method.dropout=0.2", "engine.zero_stage=0"),
@@ -30,7 +45,7 @@ DROPOUT = {
 }
 
 
-class _CutOff(Exception):
+class _CutError(Exception):
     """Stands for whatever ends a process between two steps."""
 
 
@@ -47,14 +62,14 @@ def _story(toy: Path, output: Path) -> list[dict[str, Any]]:
 
     def in_first_phase(at: int) -> None:
         if at == CUT:
-            raise _CutOff
+            raise _CutError
 
     def in_second_adapter(at: int) -> None:
         if at == 1 and (adapters / "books").exists() and not (adapters / "music").exists():
-            raise _CutOff
+            raise _CutError
 
     for cut in (in_first_phase, in_second_adapter):
-        with recording(cut), pytest.raises(_CutOff):
+        with recording(cut), pytest.raises(_CutError):
             _run(toy, output, "cut", *settings)
     with recording() as steps:
         cut = _run(toy, output, "cut", *settings)
@@ -75,7 +90,8 @@ def test_cut_and_continued_is_bit_equal_to_uncut(toy: Path, tmp_path: Path, worl
         )
         assert {**values, "seconds": 0} == {**wanted, "seconds": 0}
         _require_equal(tensors, expected)
-    assert wanted["steps"] == wanted["table_steps"] == 26 and wanted["cursor"]["epoch"] == 2
+    _, values = checkpoint_at(cut / "checkpoints" / LAST)
+    assert values["steps"] == values["table_steps"] == STEPS and values["cursor"]["epoch"] == 2
     _require_equal(checkpoint_at(cut / "trunk")[0], checkpoint_at(whole / "trunk")[0])
     found, expected = adapters_at(cut), adapters_at(whole)
     assert found.keys() == expected.keys() == {"books", "music"}
@@ -90,7 +106,8 @@ def _killed_while_saving(toy: Path, output: Path) -> None:
     def dying(path: Path, content: bytes) -> str:
         if path.parent.name != f".step-{SAVED:010d}.tmp":
             return write(path, content)
-        (output / f"{ranks.rank}.json").write_text(json.dumps([asdict(s) for s in steps], default=list))
+        rows = [(step.at, step.row_ids) for step in steps]
+        (output / f"{ranks.rank}.json").write_text(json.dumps(rows), encoding="utf-8")
         if ranks.first:
             return write(path, content)
         while not (output / "0.json").exists():
@@ -100,12 +117,12 @@ def _killed_while_saving(toy: Path, output: Path) -> None:
 
     with recording() as steps, pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_write", dying)
-        _run(toy, output, "killed")
+        _run(toy, output, "killed", PLAIN)
 
 
 def _continue(toy: Path, output: Path, name: str) -> tuple[dict[str, Any], list[Step]]:
     with recording() as steps:
-        return _run(toy, output, name), steps
+        return _run(toy, output, name, PLAIN), steps
 
 
 def test_killed_while_saving_then_continued_by_another_number_of_ranks(
@@ -115,23 +132,59 @@ def test_killed_while_saving_then_continued_by_another_number_of_ranks(
         gang(2, _killed_while_saving, toy, tmp_path)
     killed = tmp_path / "killed"
     shutil.copytree(killed, tmp_path / "as_it_died")
-    before = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    before = [
+        (at, row)
+        for rank in range(2)
+        for at, rows in json.loads((tmp_path / f"{rank}.json").read_text())
+        for row in rows
+        if at < EVALUATED
+    ]
     [(_, straight)] = gang(1, _continue, toy, tmp_path, "whole")
-    expected, wanted = checkpoint_at(tmp_path / "whole" / "checkpoints" / "step-0000000026")
-    rows = {(s.at, row) for s in straight[:26] for row in s.row_ids}
+    expected, wanted = checkpoint_at(tmp_path / "whole" / "checkpoints" / LAST)
     for world in (1, 4):
         shutil.rmtree(killed)
         shutil.copytree(tmp_path / "as_it_died", killed)
         answers = gang(world, _continue, toy, tmp_path, "killed")
-        tensors, values = checkpoint_at(killed / "checkpoints" / "step-0000000026")
-        seen = Counter()
-        assert answers[0][1][0].at == 13, "step 15 is not complete, and step 13 is the one before"
-        seen.update((s["at"], row) for rank in before for s in rank if s["at"] < 13 for row in s["row_ids"])
-        seen.update((s.at, row) for _, steps in answers for s in steps[: 26 - 13] for row in s.row_ids)
-        assert seen == Counter(rows)
-        assert values["cursor"] == wanted["cursor"] and values["table_steps"] == 26
+        assert answers[0][1][0].at == EVALUATED, "the checkpoint before the one cut short"
+        after = [pair for _, steps in answers for pair in _seen(steps[: STEPS - EVALUATED])]
+        assert Counter(before + after) == Counter(_seen(straight[:STEPS]))
+        tensors, values = checkpoint_at(killed / "checkpoints" / LAST)
+        assert values["cursor"] == wanted["cursor"] and values["table_steps"] == STEPS
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def _seen(steps: list[Step]) -> list[tuple[int, int]]:
+    return [(step.at, row) for step in steps for row in step.row_ids]
+
+
+def _restart(toy: Path, output: Path) -> dict[str, str]:
+    """What a run says of another run file and of other shards, before and after it has learned."""
+    shards = output / "shards"
+    shutil.copytree(toy / "shards", shards)
+    mine = ("mine", PLAIN, f"data.shards={shards}")
+
+    def cut(at: int) -> None:
+        if at == CUT:
+            raise _CutError
+
+    def other(*overrides: str) -> str:
+        return refused(lambda: _run(toy, output, *mine, *overrides))
+
+    said = {"mistake": other("pretrain.metric=auc/none")}
+    with recording(cut), pytest.raises(_CutError):
+        _run(toy, output, *mine)
+    said["run file"] = other("tables.lr=0.5")
+    shutil.rmtree(shards)
+    write_shards(toy_source(planted_rows(SIZES, seed=9)), SCHEMA, SPLIT, shards)
+    return said | {"shards": other()}
+
+
+def test_only_the_same_run_on_the_same_shards_is_continued(toy: Path, tmp_path: Path) -> None:
+    [said] = gang(1, _restart, toy, tmp_path)
+    assert "unknown metric in pretrain.metric 'auc/none'" in said["mistake"]
+    assert re.search("holds a run of another run file .they differ in tables.lr", said["run file"])
+    assert "learned from other shards than those in data.shards now" in said["shards"]
 
 
 def _require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Whole runs in miniature: planted rows of uneven domains, their shards, and a run file."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_shards import Batch, Field, Schema, SplitConfig, write_shards
+from data_shards import Batch, Field, Schema, SplitConfig, UserError, write_shards
 from tests.toy_source import toy_source
 from trainer import config as run_files
 from trainer.config import RunConfig
@@ -66,24 +67,26 @@ def planted_rows(sizes: dict[str, int], seed: int = 0) -> pa.Table:
     domain = rng.permutation(np.repeat(list(sizes), list(sizes.values())))
     user, item = rng.integers(0, 40, (2, len(domain)))
     tags = [np.flatnonzero(mask) for mask in rng.random((len(domain), len(TAGS))) < 0.4]
-    score = taste[user] + taste[item] + [liking[d][t].sum() for d, t in zip(domain, tags, strict=True)]
+    liked = [liking[name][row].sum() for name, row in zip(domain, tags, strict=True)]
+    score = taste[user] + taste[item] + liked
     return pa.table(
         {
             "row_id": np.arange(len(domain)),
             "domain": domain.tolist(),
             "label": (score + rng.normal(size=len(domain)) > 0).astype(np.float32),
             "time": np.arange(len(domain)),
-            "user": [_name("u", *pair) for pair in zip(user, domain, strict=True)],
-            "item": [_name("i", *pair) for pair in zip(item, domain, strict=True)],
+            "user": [_name(*pair) for pair in zip(user, domain, strict=True)],
+            "item": [_name(*pair) for pair in zip(item, domain, strict=True)],
             "tags": pa.array([[TAGS[i] for i in row] for row in tags], pa.list_(pa.string())),
             "price": rng.random(len(domain)).astype(np.float32),
         }
     )
 
 
-def _name(kind: str, number: int, domain: str) -> str:
-    own = domain if domain == "games" and number % 3 == 0 else ""
-    return f"{kind}{own}{number:03d}"
+def _name(number: int, domain: str) -> str:
+    """Three digits, as an id often is; a reader that takes it for a number loses the zeros."""
+    own = domain == "games" and number % 3 == 0
+    return f"{number + 100 * own:03d}"
 
 
 def write_toy(folder: Path) -> None:
@@ -171,3 +174,22 @@ def adapters_at(run: Path) -> dict[str, dict[str, Tensor]]:
         home.name: load_file(max(home.iterdir()) / "adapter.safetensors")
         for home in sorted((run / "adapters" / "mlora").iterdir())
     }
+
+
+def digests(run: Path, parts: tuple[str, ...], without: str = "") -> dict[str, str]:
+    """SHA-256 of each file in these parts of a run's folder, but those of the domain `without`."""
+    paths = (path for part in parts for path in sorted((run / part).rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if without not in path.parts
+    }
+
+
+def refused(act: Callable[[], Any]) -> str:
+    """The message of the UserError that `act` raises; empty where it raises none."""
+    try:
+        act()
+    except UserError as error:
+        return str(error)
+    return ""

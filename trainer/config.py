@@ -62,6 +62,8 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         if self.metric not in METRICS and not self.metric.startswith("auc/"):
             raise unknown("metric", self.metric, (*METRICS, "auc/<domain>"))
+        if self.patience < 1:
+            raise UserError(f"patience is 1 or more, not {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,16 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed is from 0 to {(1 << 63) - 1}, not {self.seed}")
         if self.method.name not in METHODS:
             raise UserError(
                 f"method.name: unknown {self.method.name!r}; there are: {', '.join(METHODS)}"
             )
+        tables = [field.name for field in self.data.schema.ids]
+        for table in self.tables.pinned:
+            if table not in tables:
+                raise unknown("table in tables.pinned", table, tables)
         for where, splits in (
             ("pretrain.rows", self.pretrain.rows),
             ("pretrain.validate", self.pretrain.validate),

@@ -10,7 +10,7 @@ from data_shards import Cursor, Loader
 from trainer.log import Progress
 from trainer.metrics import Scores, score
 from trainer.model import Model
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, together
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def predict(model: Model, loader: Loader, ranks: Ranks, what: str = "") -> Predi
 def evaluate(model: Model, loader: Loader, ranks: Ranks, what: str = "") -> Scores:
     """Exact metrics over the rows of all ranks, the same on every rank."""
     found = predict(model, loader, ranks, what)
-    return ranks.broadcast(found.scores() if found else None)
+    [scores, *_] = together(ranks, what, lambda: found.scores() if found else None)
+    assert scores is not None
+    return scores
 
 
 def _gathered(mine: torch.Tensor, ranks: Ranks) -> np.ndarray:

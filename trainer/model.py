@@ -7,12 +7,12 @@ to the next.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data_shards import Batch, Index, Loader, Schema, UserError
+from data_shards import Batch, Index, Loader, Schema, UserError, Vocabulary
 from embeddings import (
     Embedder,
     Extension,
@@ -167,6 +167,22 @@ def adapter_tensors(
         if name in parameters:
             parameter.data.copy_(parameters[name])
     return {d: {k: t.clone() for k, t in method.adapter(d).items()} for d in domains}
+
+
+def renumbered(adapter: Adapter, vocabulary: Vocabulary) -> Adapter:
+    """The adapter with its own rows where these shards' vocabulary puts their ids.
+
+    Each write of an added domain's shards numbers its own ids anew. Ids that the adapter has never
+    seen get rows of zeros.
+    """
+    wanted = {key: vocabulary.added(key).to_pylist() for key in adapter.vocabulary}
+    wanted = {key: tuple(values) for key, values in wanted.items() if values}
+    tensors = {k: v for k, v in adapter.tensors.items() if not k.startswith(OWN_ROWS)}
+    for key, values in wanted.items():
+        place = {value: row for row, value in enumerate(adapter.vocabulary[key])}
+        known = nn.functional.pad(adapter.tensors[OWN_ROWS + key], (0, 0, 0, 1))
+        tensors[OWN_ROWS + key] = known[[place.get(value, -1) for value in values]]
+    return replace(adapter, tensors=tensors, vocabulary=wanted)
 
 
 def new_extension(trunk: Trunk, rows: Sequence[Sequence[int]]) -> Extension:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_shards import Loader, Rows, UserError
+from data_shards.errors import unknown
 from embeddings import Embedder
 from models import Method
 from trainer import checkpoint
@@ -15,6 +16,7 @@ from trainer.engine import Engine
 from trainer.evaluate import evaluate
 from trainer.fit import Position, Trainee, fit
 from trainer.log import RunLog
+from trainer.metrics import METRICS
 from trainer.model import Model, Trunk, adapter_tensors
 
 OPTIMIZER, PARAMETER = "optimizer/", "parameter/"
@@ -39,6 +41,9 @@ def pretrain(trunk: Trunk, shards: list[Path], folder: Path, log: RunLog) -> Pre
     phase = config.pretrain
     train = _loader(trunk, shards, phase.rows, shuffle=True)
     valid = _loader(trunk, shards, phase.validate, shuffle=False)
+    metrics = (*METRICS, *(f"auc/{domain}" for domain in valid.domains))
+    if phase.metric not in metrics:
+        raise unknown("metric in pretrain.metric", phase.metric, metrics)
     method = trunk.method()
     trained = method.shared_parameters()
     if phase.one_phase:

@@ -40,7 +40,7 @@ class Ranks:
         return box
 
 
-def together(ranks: Ranks, where: Path, act: Callable[[], T]) -> list[T]:
+def together(ranks: Ranks, where: Path | str, act: Callable[[], T]) -> list[T]:
     """What `act` gives on every rank; if it fails on one, all raise its error and none waits."""
     result, problem = None, None
     try:

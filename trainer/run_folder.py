@@ -37,7 +37,8 @@ class RunFolder:
 
         def act() -> None:
             existing = self.path / RUN_FILE
-            if existing.exists():
+            # A run that has saved nothing yet, such as one with a mistake in it, may change.
+            if existing.exists() and (self.checkpoints.exists() or self.trunk.exists()):
                 theirs = tomllib.loads(existing.read_text(encoding="utf-8"))
                 key = first_difference(tomllib.loads(dump(config)), theirs)
                 if key is not None:

@@ -10,10 +10,10 @@ from data_shards import Index, Loader, Rows, UserError
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
-from trainer.evaluate import Predictions, evaluate, predict
+from trainer.evaluate import evaluate, predict
 from trainer.log import RunLog
 from trainer.metrics import Scores
-from trainer.model import Trunk, new_trunk, trunk_alone, with_adapters
+from trainer.model import Trunk, new_trunk, renumbered, trunk_alone, with_adapters
 from trainer.pretrain import Pretrained, pretrain
 from trainer.ranks import Ranks, together
 from trainer.report import added_table, final_table, sizes
@@ -130,16 +130,14 @@ class Witness:
 
     trunk: str
     adapters: dict[str, str]
-    logits: Predictions | None
+    logits: np.ndarray | None
 
     def differences(self, after: "Witness") -> list[str]:
         """Names of what moved; empty is the promise kept."""
         moved = ["trunk"] if self.trunk != after.trunk else []
         moved += [f"adapter of {d}" for d, h in self.adapters.items() if after.adapters[d] != h]
         if self.logits is not None and after.logits is not None:
-            same = np.array_equal(
-                self.logits.logit.view(np.uint32), after.logits.logit.view(np.uint32)
-            )
+            same = np.array_equal(self.logits.view(np.uint32), after.logits.view(np.uint32))
             moved += [] if same else ["predictions"]
         return moved
 
@@ -158,10 +156,10 @@ def add_domain(
     try:
         trunk = folder.load_trunk(config, ranks)
         rows = rows_of(trunk, shards, domain)
-        before = _witness(trunk, folder)
+        before = _witness(trunk, folder, domain)
         adapter = adapt(trunk, before.trunk, rows, log)
         save_adapter(folder, adapter, ranks)
-        moved = ranks.broadcast(before.differences(_witness(trunk, folder)))
+        moved = ranks.broadcast(before.differences(_witness(trunk, folder, domain)))
         summary = _added_summary(trunk, folder, adapter, shards, moved)
         log.metrics("add-domain", summary)
         if ranks.first:
@@ -192,8 +190,8 @@ def _added_summary(
     }
 
 
-def _witness(trunk: Trunk, folder: RunFolder) -> Witness:
-    """Digests of trunk and stored adapters; predictions of the trunk's own domains."""
+def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
+    """Digests of trunk and stored adapters; predictions of the trunk's domains but `domain`."""
     method = trunk.config.method.name
     trunk_id = trunk.fingerprint()
     model = with_adapters(trunk, folder.kept_adapters(method, trunk_id))
@@ -201,7 +199,11 @@ def _witness(trunk: Trunk, folder: RunFolder) -> Witness:
     digests = {domain: folder.adapters.digest(method, domain) for domain in stored}
     own = Path(trunk.config.data.shards)
     rows = _loader(trunk, own, trunk.config.test, None)
-    return Witness(trunk_id, digests, predict(model, rows, trunk.ranks, "others' predictions"))
+    found = predict(model, rows, trunk.ranks, "others' predictions")
+    if found is None:
+        return Witness(trunk_id, digests, None)
+    others = np.array([name != domain for name in found.domains])[found.domain]
+    return Witness(trunk_id, digests, found.logit[others])
 
 
 def evaluate_run(
@@ -216,6 +218,8 @@ def evaluate_run(
     trunk = folder.load_trunk(config, ranks)
     loader = _loader(trunk, shards, splits, domains)
     kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
+    vocabulary = loader.indexes[0].load_vocabulary(shards)
+    kept = [renumbered(adapter, vocabulary) for adapter in kept]
     base = evaluate(trunk_alone(trunk), loader, ranks, "shared part")
     return base, evaluate(with_adapters(trunk, kept), loader, ranks, "with adapters")
 
