@@ -18,9 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -73,12 +70,10 @@ class ShardedTables:
         self.width = tables[0].width
         self.frozen = False
         self._dmp = _shard(tables, config, device)
-        self._kernels = [
-            lookup._emb_modules[i]
-            for lookup in self._dmp.module._lookups
-            for i in range(len(lookup._emb_modules))
-        ]
-        self._fused: list[SplitTableBatchedEmbeddingBagsCodegen | LazyAdam] = []
+        # Any: TorchRec reaches its kernels through nn.Module attributes, which carry no type.
+        lookups: Any = self._dmp.module._lookups
+        self._kernels: list[Any] = [one for lookup in lookups for one in lookup._emb_modules]
+        self._fused: list[Any] = []
         for kernel in self._kernels:
             if config.optimizer == "adam" and device.type == "cpu":
                 # fbgemm has no Adam on CPU; the same update rule, in the same place.

@@ -1,5 +1,6 @@
 """What ranks share before they are forked: heavy imports, and the tables' optimizer compiled."""
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (brings torch.compile)
 import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 import torch

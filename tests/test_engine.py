@@ -24,17 +24,28 @@ pytestmark = pytest.mark.dist
 WORLDS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 LR, DECAY = 0.01, 0.1
 SAVED, STEPS = 3, 5  # a state is taken after 3 steps, and the run goes on to 5
-NAMES = names_of(BATCH, (*ABC, "unknown"))
+DOMAINS = {1: ABC, 2: ("a",)}
+NAMES = {1: names_of(BATCH, (*ABC, "unknown")), 2: ["a"] * BATCH}
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-def _method() -> MLoRA:
-    return trained("dcn", ABC, hidden=(6, 3)).train()  # some parameters are smaller than 4 ranks
+def _method(phase: int = 1) -> MLoRA:
+    """Some of its parameters are smaller than four ranks."""
+    return trained("dcn", DOMAINS[phase], hidden=(6, 3)).train()
 
 
-def _engine(method: MLoRA, parameters: list[nn.Parameter], config: EngineConfig) -> Engine:
-    return Engine(method, parameters, config, LR, DECAY, BATCH // dist.get_world_size())
+def _trainable(method: MLoRA, phase: int) -> list[nn.Parameter]:
+    return list(method.parameters()) if phase == 1 else method.adapter_parameters()
+
+
+def _engine(method: MLoRA, config: EngineConfig, phase: int = 1) -> Engine:
+    rows = BATCH // dist.get_world_size()
+    return Engine(method, _trainable(method, phase), config, LR, DECAY, rows)
+
+
+def _slot(method: MLoRA) -> Tensor:
+    return slots(method, NAMES[1 if len(method.domains) > 1 else 2])
 
 
 def _batch(seed: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +58,7 @@ def _run(engine: Engine, method: MLoRA, seeds: range) -> list[float]:
     losses = []
     for seed in seeds:
         embedded, numbers, label = _batch(seed, mine())
-        logit = engine(embedded, numbers, slots(method, NAMES)[mine()])
+        logit = engine(embedded, numbers, _slot(method)[mine()])
         share = method.loss(logit, label, torch.ones_like(label), BATCH)
         engine.step(share * dist.get_world_size())
         total = share.detach()
@@ -58,12 +69,12 @@ def _run(engine: Engine, method: MLoRA, seeds: range) -> list[float]:
 
 def _plain(phase: int, clip: float = 0.0) -> tuple[list[float], dict[str, Tensor]]:
     """The same steps by torch alone, in one process."""
-    method, losses = _method(), []
-    trainable = list(method.parameters()) if phase == 1 else method.adapter_parameters()
+    method, losses = _method(phase), []
+    trainable = _trainable(method, phase)
     adam = torch.optim.Adam(trainable, lr=LR, weight_decay=DECAY)
     for seed in range(STEPS):
         embedded, numbers, label = _batch(seed, slice(None))
-        logit = method(embedded, numbers, slots(method, NAMES))
+        logit = method(embedded, numbers, _slot(method))
         loss = method.loss(logit, label, torch.ones_like(label), BATCH)
         adam.zero_grad()
         loss.backward()
@@ -85,9 +96,8 @@ class Run:
 
 
 def _measure(config: EngineConfig, phase: int = 1) -> Run:
-    method = _method()
-    own = method.adapter_parameters()
-    engine = _engine(method, list(method.parameters()) if phase == 1 else own, config)
+    method = _method(phase)
+    engine = _engine(method, config, phase)
     losses = _run(engine, method, range(SAVED))
     saved = engine.parameters(), engine.optimizer_state()
     losses += _run(engine, method, range(SAVED, STEPS))
@@ -99,7 +109,7 @@ def _measure(config: EngineConfig, phase: int = 1) -> Run:
 def _require_still(method: MLoRA) -> None:
     frozen = method.shared_parameters()
     with deepspeed.zero.GatheredParameters(frozen):
-        assert all(map(torch.equal, frozen, _method().shared_parameters()))
+        assert all(map(torch.equal, frozen, _method(2).shared_parameters()))
 
 
 def _clipped(stage: int) -> EngineConfig:
@@ -120,9 +130,9 @@ def _measure_all() -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def found() -> dict[int, dict[str, Run]]:
     answers = {world: gang(world, _measure_all) for world in WORLDS}
-    for ranks, run in product(answers.values(), answers[1][0]):
-        for rank in ranks:
-            _require_equal(rank[run].ended, ranks[0][run].ended, run)
+    for ranks in answers.values():
+        for rank, (name, run) in product(ranks, ranks[0].items()):
+            _require_equal(rank[name].ended, run.ended, name)
     return {world: ranks[0] for world, ranks in answers.items()}
 
 
@@ -171,7 +181,7 @@ def _continue(states: list[tuple[str, int, State]]) -> list[tuple[State, State]]
     for precision, stage, state in states:
         method = _method()
         nn.init.zeros_(method.backbone.deep.layers[0].linear.weight)  # type: ignore[union-attr, arg-type]
-        engine = _engine(method, list(method.parameters()), EngineConfig(stage, precision))  # type: ignore[arg-type]
+        engine = _engine(method, EngineConfig(stage, precision))  # type: ignore[arg-type]
         engine.load(*state)
         loaded = engine.parameters(), engine.optimizer_state()
         _run(engine, method, range(SAVED, STEPS))
@@ -194,7 +204,7 @@ def test_a_state_continues_as_if_never_saved(found: Found, world: int) -> None:
 
 @pytest.mark.parametrize(
     ("source", "target", "up"),
-    [(1, 1, 3), (2, 2, 1), (4, 4, 2), (1, 2, 2), (1, 4, 1), (2, 1, 0), (4, 1, 3), (4, 2, 1)],
+    [(1, 1, 3), (2, 2, 1), (4, 4, 2), (1, 4, 1), (2, 1, 0), (4, 2, 3)],
 )
 def test_a_state_continues_at_any_stage_in_any_world(
     found: Found, source: int, target: int, up: int
@@ -206,21 +216,20 @@ def test_a_state_continues_at_any_stage_in_any_world(
         _require_equal(ended, run.ended, "at the end", 1e-6)
 
 
-def _from_parameters_alone(stage: int) -> bool:
+def _from_parameters_alone() -> None:
     """A state of before the first step has no moments."""
-    config = EngineConfig(stage)  # type: ignore[arg-type]
-    engine = _engine(method := _method(), list(method.parameters()), config)
-    assert engine.optimizer_state() == {}
-    start = {name: tensor + 0.01 for name, tensor in engine.parameters().items()}
-    engine.load(start, {})
-    assert same(engine.parameters(), start) and engine.optimizer_state() == {}
-    _run(engine, method, range(2))
-    return int(engine.optimizer_state()["steps"]) == 2
+    for stage in STAGES:
+        engine = _engine(method := _method(), EngineConfig(stage))  # type: ignore[arg-type]
+        assert engine.optimizer_state() == {}
+        start = {name: tensor + 0.01 for name, tensor in engine.parameters().items()}
+        engine.load(start, {})
+        assert same(engine.parameters(), start) and engine.optimizer_state() == {}
+        _run(engine, method, range(2))
+        assert int(engine.optimizer_state()["steps"]) == 2
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_parameters_load_without_an_optimizer_state(stage: int) -> None:
-    assert all(gang(2, _from_parameters_alone, stage))
+def test_parameters_load_without_an_optimizer_state() -> None:
+    gang(2, _from_parameters_alone)
 
 
 def test_bf16_needs_zero() -> None:

@@ -38,7 +38,12 @@ pytestmark = pytest.mark.dist
 STEPS, EVALUATED, SAVED, CUT = 26, 13, 15, 17
 PLAIN = "engine.zero_stage=0"
 LAST = f"step-{STEPS:010d}"
-SETTINGS = ("pretrain.checkpoint_every=5", "keep_checkpoints=99", "adapt.min_rows=80")
+SETTINGS = (
+    "seed=20260101",
+    "pretrain.checkpoint_every=5",
+    "keep_checkpoints=99",
+    "adapt.min_rows=80",
+)
 DROPOUT = {
     1: ("backbone.dropout=0.5", "method.dropout=0.2", "engine.zero_stage=0"),
     2: ("backbone.dropout=0.5", "method.dropout=0.2", "engine.zero_stage=2"),

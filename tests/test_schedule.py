@@ -115,6 +115,10 @@ def test_what_cannot_be_added_says_why(story: Story, what: str, message: str) ->
         raise UserError(story.told[what])
 
 
+def test_a_diverged_model_is_refused_by_every_rank(story: Story) -> None:
+    assert "241 of 241 logits are not finite, the first in domain 'books'" in story.told["diverged"]
+
+
 def test_a_witness_names_whatever_moved() -> None:
     logits = np.array([0.0, 1.0], np.float32)
     before = schedule.Witness("t", {"a": "1", "b": "2"}, logits)

@@ -28,9 +28,9 @@ from tests.toy_run import (
 from tests.toy_source import toy_source
 from trainer import schedule
 from trainer.config import RunConfig
-from trainer.evaluate import Predictions, predict
+from trainer.evaluate import Predictions, evaluate, predict
 from trainer.metrics import Scores
-from trainer.model import Trunk, renumbered, with_adapters
+from trainer.model import Trunk, renumbered, trunk_alone, with_adapters
 from trainer.run_folder import RunFolder
 
 RUN = ("tables.weight_decay=0.001", "adapt.weight_decay=0.001", "engine.zero_stage=2")
@@ -131,7 +131,16 @@ def live(toy: Path, sets: Path, output: Path) -> Story:
     again = add("books", toy / "shards")
     books = trained, adapters_at(folder.path)["books"]
     predictions["later"] = logits(config, [sets / "later"])
+    told["diverged"] = refused(lambda: _evaluate_diverged(config, folder))
     return Story(summary, added, again, watched, told, seen, books, predictions, scores)
+
+
+def _evaluate_diverged(config: RunConfig, folder: RunFolder) -> Scores:
+    trunk = folder.load_trunk(config, here())
+    model = replace(trunk_alone(trunk), dense=lambda _, numbers, slot: slot * torch.nan)
+    return evaluate(
+        model, schedule._loader(trunk, Path(config.data.shards), ("test",), None), here()
+    )
 
 
 def logits(config: RunConfig, shards: list[Path]) -> Predictions | None:
