@@ -67,10 +67,6 @@ class PlainTraining:
             optimizer.step()
             optimizer.zero_grad()
 
-    def epoch(self, rows: Rows, batch: int) -> None:
-        for part in shuffled(rows, batch):
-            self.step(part)
-
 
 def shuffled(rows: Rows, batch: int) -> Iterator[Rows]:
     """Batches of rows in memory: one gather of all rows an epoch, then slices without a copy."""

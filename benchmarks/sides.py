@@ -1,8 +1,10 @@
 """Banyan's real parts, set up for timing: trunk, loader, engine and steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ from trainer.model import Model, Trunk, empty_trunk
 from trainer.ranks import Ranks
 
 BATCH = 4096
+STREAMED = 46  # steps from shards in one turn: a third of an epoch of MovieLens
 NO_ADAPTER = torch.tensor([-1])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,22 @@ class Training:
         engine.train(True)
         self.model = Model(Embedder(trunk.tables, trunk.rows), engine, tuple(domains))
         self.trainee = Trainee(self.model, engine, method, ranks, config.seed)
-        self._epoch = 0
 
-    def steps(self, batches: Sequence[Batch], slots: Tensor) -> None:
+    def steps(self, batches: Iterable[Batch], slots: Tensor) -> None:
         for number, batch in enumerate(batches):
             self.trainee.step(batch, slots, False, number)
 
-    def epoch(self, loader: Loader) -> None:
+    def from_shards(self, loader: Loader) -> Side:
+        """The next steps from shards, through the epochs."""
+        batches = endless(lambda epoch: loader.batches(Cursor(epoch)))
         slots = self.model.slots(loader)
-        for number, batch in enumerate(loader.batches(Cursor(self._epoch))):
-            self.trainee.step(batch, slots, loader.extended, number)
-        self._epoch += 1
+        rows = STREAMED * loader.total_rows // loader.steps()
+        return Side(lambda: self.steps(islice(batches, STREAMED), slots), STREAMED, rows)
+
+
+def endless(epoch: Callable[[int], Iterable[T]]) -> Iterator[T]:
+    """One epoch after the other."""
+    return chain.from_iterable(epoch(number) for number in count())
 
 
 def phase_1(trunk: Trunk) -> Training:
@@ -125,9 +134,9 @@ def synthetic_trunk(setting: Setting, fields: int, rows: int) -> Trunk:
     return empty_trunk(setting.run, setting.ranks, schema, sizes, "")
 
 
-def synthetic_batches(trunk: Trunk, count: int) -> list[Batch]:
+def synthetic_batches(trunk: Trunk, number: int) -> list[Batch]:
     """Uniform ids: the worst case for caches, real ones are skewed."""
-    rng, rows = np.random.default_rng(1), BATCH * count
+    rng, rows = np.random.default_rng(1), BATCH * number
     columns = Columns(
         keys=tuple(trunk.rows),
         ids=tuple(IdColumn(rng.integers(0, size, rows)) for size in trunk.rows.values()),
@@ -137,7 +146,7 @@ def synthetic_batches(trunk: Trunk, count: int) -> list[Batch]:
         row_id=np.arange(rows),
         real=np.ones(rows, bool),
     )
-    return [columns.batch(i * BATCH, (i + 1) * BATCH, BATCH) for i in range(count)]
+    return [columns.batch(i * BATCH, (i + 1) * BATCH, BATCH) for i in range(number)]
 
 
 def adapted(trunk: Trunk, count: int) -> Method:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,15 +24,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Claim, Side, compared, machine, table
-from benchmarks.peer import PlainTorch, PlainTraining
+from benchmarks.measure import Claim, Side, compared, machine, table, where_time_goes
+from benchmarks.peer import PlainTorch, PlainTraining, shuffled
 from benchmarks.sides import (
     BATCH,
     NO_ADAPTER,
+    STREAMED,
     Setting,
     Training,
     adapted,
     dense_alone,
+    endless,
     in_memory,
     learn,
     over,
@@ -55,19 +58,20 @@ def movielens(setting: Setting) -> dict[str, Any]:
     """Whole epochs from shards, beside plain torch fed from memory."""
     loader = setting.loader()
     trunk = new_trunk(setting.run, setting.ranks, loader.indexes[0])
-    ours, rows, batches = phase_1(trunk), in_memory(setting), some(loader, 40)
+    rows, batches = in_memory(setting), some(loader, 40)
+    streamed = phase_1(trunk).from_shards(loader)
     multi = [trunk.rows[field.name] for field in trunk.schema.ids if field.multi]
     single = [trunk.rows[field.name] for field in trunk.schema.ids if not field.multi]
     network = setting.run.backbone
     plain = PlainTorch(single, multi, setting.run.tables.dim, network.hidden, network.dropout)
     peer = PlainTraining(plain)
-    steps, total = loader.steps(), loader.total_rows
+    slices = endless(lambda _: shuffled(rows, BATCH))
     names = ("Banyan, from shards", "plain torch, rows in memory", "dense part alone")
     return compared(
-        f"MovieLens, {total:,} rows, {len(trunk.rows)} fields, batches of {BATCH}",
+        f"MovieLens, {loader.total_rows:,} rows, {len(trunk.rows)} fields, batches of {BATCH}",
         {
-            names[0]: Side(lambda: ours.epoch(loader), steps, total),
-            names[1]: Side(lambda: peer.epoch(rows, BATCH), steps, total),
+            names[0]: streamed,
+            names[1]: replace(streamed, run=lambda: [*map(peer.step, islice(slices, STREAMED))]),
             names[2]: over(batches, dense_alone(trunk, batches)),
         },
         [
@@ -199,13 +203,13 @@ def world(setting: Setting) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     loader = setting.loader()
-    alone = phase_1(new_trunk(setting.run, setting.ranks, loader.indexes[0]))
-    with two_ranks(setting.run) as both:
+    one = phase_1(new_trunk(setting.run, setting.ranks, loader.indexes[0])).from_shards(loader)
+    with two_ranks(setting.run) as ask:
         result = compared(
             f"Two ranks against one: MovieLens from shards, global batch {BATCH}, a thread each",
             {
-                "one rank": Side(lambda: alone.epoch(loader), loader.steps(), loader.total_rows),
-                "two ranks": Side(both, loader.steps(), loader.total_rows),
+                "one rank": one,
+                "two ranks": replace(one, run=lambda: ask("step"), profiled=lambda: ask("profile")),
             },
             [Claim("times the speed of one rank", "one rank", "two ranks", 1.6)],
             setting.rounds,
@@ -215,8 +219,8 @@ def world(setting: Setting) -> dict[str, Any]:
 
 
 @contextmanager
-def two_ranks(run: RunConfig) -> Iterator[Callable[[], None]]:
-    """Two processes beside this one; the call trains both over an epoch."""
+def two_ranks(run: RunConfig) -> Iterator[Callable[[str], str]]:
+    """Two processes beside this one; asked together, they step, and the first one answers."""
     context = get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
     port = free_port()
@@ -226,18 +230,15 @@ def two_ranks(run: RunConfig) -> Iterator[Callable[[], None]]:
     ]
     for process in processes:
         process.start()
-    ends = [mine for mine, _ in pipes]
 
-    def epoch() -> None:
-        for end in ends:
-            end.send_bytes(b"go")
-        for end in ends:
-            end.recv_bytes()
+    def ask(what: str) -> str:
+        for pipe, _ in pipes:
+            pipe.send_bytes(what.encode())
+        return [pipe.recv_bytes() for pipe, _ in pipes][0].decode()
 
     try:
-        for end in ends:
-            end.recv_bytes()
-        yield epoch
+        ask("step")
+        yield ask
     finally:
         for process in processes:
             process.kill()
@@ -250,11 +251,11 @@ def rank_of_two(rank: int, port: int, run: RunConfig, pipe: Connection) -> None:
     torch.set_num_threads(1)
     setting = Setting(run, groups.start(), 0)
     loader = setting.loader()
-    training = phase_1(new_trunk(run, setting.ranks, loader.indexes[0]))
+    side = phase_1(new_trunk(run, setting.ranks, loader.indexes[0])).from_shards(loader)
     while True:
-        pipe.send_bytes(b"done")
-        pipe.recv_bytes()
-        training.epoch(loader)
+        profiled = pipe.recv_bytes() == b"profile"
+        answer = where_time_goes(side) if profiled else side.run()
+        pipe.send_bytes(str(answer).encode())
 
 
 def free_port() -> int:

@@ -87,13 +87,16 @@ class ShardedTables:
         Frozen tables are read without a graph: `requires_grad=False` would not stop a fused
         optimizer, a lookup without backward does.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        reading = self.frozen or not torch.is_grad_enabled()
+        with torch.set_grad_enabled(not reading):
             pooled = self._dmp(ids).wait()
             # The column order of a KeyedTensor follows the plan, so it is only ever read by key.
             if pooled.keys() == self.keys:
                 values = pooled.values()
             else:
                 values = torch.cat([pooled[key] for key in self.keys], dim=1)
+        if reading:
+            self._uncount()
         return values.view(-1, len(self.keys), self.width)
 
     def freeze(self) -> None:
@@ -149,8 +152,18 @@ class ShardedTables:
         return int(count)
 
     def set_steps(self, steps: int) -> None:
+        """The inverse of `steps`."""
         for fused in self._fused:
             fused.iter.fill_(steps)
+            if not isinstance(fused, LazyAdam):
+                fused.iter_cpu.fill_(steps)  # the copy that fbgemm's update rule reads
+
+    def _uncount(self) -> None:
+        """fbgemm takes every lookup for a step, which would bend Adam's bias correction."""
+        for fused in self._fused:
+            if not isinstance(fused, LazyAdam):
+                fused.iter.sub_(1)
+                fused.iter_cpu.sub_(1)
 
     def digest(self) -> str:
         """128 bits over every weight and its place: equal for any plan and number of ranks."""

@@ -90,7 +90,8 @@ def _measure_all() -> dict[str, Measured]:
 def _measure(plan: TablesConfig) -> Measured:
     tables = toy_tables(plan)
     first, digest = tables.whole(), tables.digest()
-    looked_up = _gathered(tables(jagged(bags(99), mine())).detach())
+    with torch.no_grad():
+        looked_up = _gathered(tables(jagged(bags(99), mine())))
     train(tables, STEPS)
     rows = torch.tensor([min((len(s.tensors["weight"]) for s in tables.shards()), default=99)])
     found = Measured(

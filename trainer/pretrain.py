@@ -98,9 +98,7 @@ def _name(step: int) -> str:
     return f"step-{step:010d}"
 
 
-def _save(
-    folder: Path, trunk: Trunk, engine: Engine, position: Position, data: list[str]
-) -> None:
+def _save(folder: Path, trunk: Trunk, engine: Engine, position: Position, data: list[str]) -> None:
     state = {OPTIMIZER + name: tensor for name, tensor in engine.optimizer_state().items()}
     parameters = {PARAMETER + name: tensor for name, tensor in engine.parameters().items()}
     name = _name(position.steps)
