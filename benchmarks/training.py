@@ -2,29 +2,24 @@
 
     python -m benchmarks.training --shards data/shards/movielens-occupation
 
-Five parts (`--part`): rows per second beside plain torch and beside the dense part alone; step
-cost against rows of the tables, between the phases and against domains in the model; two ranks
-against one. All sides of a part are timed in turns, in this one run.
+Parts (`--part`): rows per second beside plain torch and the dense part alone; step cost against
+rows of the tables, phases and domains; two ranks against one. Sides are timed in turns.
 """
 
 import argparse
 import json
-import os
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Claim, Side, compared, machine, table, where_time_goes
+from benchmarks.measure import Claim, Side, compared, machine, table
+from benchmarks.pair import two_ranks
 from benchmarks.peer import PlainTorch, PlainTraining, shuffled
 from benchmarks.sides import (
     BATCH,
@@ -47,7 +42,6 @@ from benchmarks.sides import (
 from embeddings import Embedder
 from trainer import config as run_files
 from trainer import ranks as groups
-from trainer.config import RunConfig
 from trainer.model import Model, new_trunk
 
 ROOT = Path(__file__).parents[1]
@@ -218,52 +212,6 @@ def world(setting: Setting) -> dict[str, Any]:
     return result
 
 
-@contextmanager
-def two_ranks(run: RunConfig) -> Iterator[Callable[[str], str]]:
-    """Two processes beside this one; asked together, they step, and the first one answers."""
-    context = get_context("spawn")
-    pipes = [context.Pipe() for _ in range(2)]
-    port = free_port()
-    processes = [
-        context.Process(target=rank_of_two, args=(rank, port, run, pipes[rank][1]), daemon=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-
-    def ask(what: str) -> str:
-        for pipe, _ in pipes:
-            pipe.send_bytes(what.encode())
-        return [pipe.recv_bytes() for pipe, _ in pipes][0].decode()
-
-    try:
-        ask("step")
-        yield ask
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def rank_of_two(rank: int, port: int, run: RunConfig, pipe: Connection) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    setting = Setting(run, groups.start(), 0)
-    loader = setting.loader()
-    side = phase_1(new_trunk(run, setting.ranks, loader.indexes[0])).from_shards(loader)
-    while True:
-        profiled = pipe.recv_bytes() == b"profile"
-        answer = where_time_goes(side) if profiled else side.run()
-        pipe.send_bytes(str(answer).encode())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 PARTS: dict[str, tuple[Callable[[Setting], dict[str, Any]], ...]] = {
     "throughput": (movielens, million),
     "table-rows": (table_rows,),
@@ -275,9 +223,8 @@ PARTS: dict[str, tuple[Callable[[Setting], dict[str, Any]], ...]] = {
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--shards", required=True, help="MovieLens shard set, by occupation")
     parser.add_argument("--part", choices=PARTS, action="append", help="may be given again")
     parser.add_argument("--rounds", type=int, default=5)
@@ -293,9 +240,15 @@ def main() -> None:
             measured.append(measure(setting))
             print(table(measured[-1]), flush=True)
     groups.stop()
-    facts = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {**facts, "threads": args.threads, "batch": BATCH, "parts": measured}
+    date = datetime.now(UTC).isoformat(timespec="minutes")
+    content = {
+        "date": date,
+        "machine": machine(),
+        "threads": args.threads,
+        "batch": BATCH,
+        "parts": measured,
+    }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
