@@ -26,8 +26,9 @@ def two_ranks(run: RunConfig) -> Iterator[Callable[[str], str]]:
         context.Process(target=rank_of_two, args=(rank, port, run, pipes[rank][1]), daemon=True)
         for rank in range(2)
     ]
-    for process in processes:
+    for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
+        theirs.close()  # else a process that dies would leave this one waiting
 
     def ask(what: str) -> str:
         for pipe, _ in pipes:
