@@ -44,9 +44,11 @@ class LazyAdam(nn.Module):
         return _UpdateInBackward.apply(pooled, self._anchor, self, indices, offsets)
 
     def set_learning_rate(self, lr: float) -> None:
+        """Of all tables, from the next step on."""
         self.lr = lr
 
     def split_embedding_weights(self) -> list[Tensor]:
+        """Per table, a view of its weights [rows, width]."""
         return self.kernel.split_embedding_weights()
 
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:

@@ -104,6 +104,7 @@ class ShardedTables:
         self.frozen = True
 
     def set_lr(self, lr: float) -> None:
+        """Of all tables, from the next step on."""
         for fused in self._fused:
             fused.set_learning_rate(lr)
 

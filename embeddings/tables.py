@@ -38,6 +38,7 @@ class TablesConfig:
             )
 
     def sharding_of(self, table: str) -> Sharding:
+        """How one table is cut."""
         return self.pinned.get(table, self.sharding)
 
 

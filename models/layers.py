@@ -29,6 +29,7 @@ class MLP(nn.Module):
         return x
 
     def adaptable(self) -> dict[str, DomainLinear]:
+        """Its layers by name, from the input on."""
         return {f"deep{i}": layer for i, layer in enumerate(self.layers)}  # type: ignore[misc]
 
 

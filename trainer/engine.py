@@ -90,6 +90,7 @@ class Engine:
         return self._engine(embedded.to(self._dtype), numbers.to(self._dtype), slot).float()
 
     def train(self, mode: bool) -> None:
+        """Switch dropout on or off."""
         self._engine.train(mode)
 
     def step(self, loss: Tensor) -> None:

@@ -25,6 +25,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
