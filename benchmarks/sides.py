@@ -62,8 +62,8 @@ class Training:
         self.trainee = Trainee(self.model, engine, method, ranks, config.seed)
 
     def steps(self, batches: Iterable[Batch], slots: Tensor) -> None:
-        for number, batch in enumerate(batches):
-            self.trainee.step(batch, slots, False, number)
+        for number, pair in enumerate(self.trainee.ahead(batches, slots, False)):
+            self.trainee.step(*pair, number)
 
     def from_shards(self, loader: Loader) -> Side:
         """The next steps from shards, through the epochs."""

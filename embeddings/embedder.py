@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from embeddings.placement import ShardedTables
+from embeddings.placement import OnTheWay, ShardedTables
 
 
 class Extension:
@@ -47,19 +47,25 @@ class Embedder:
         self._trunk_rows = torch.tensor([trunk_rows[key] for key in trunk.keys])
 
     def __call__(self, ids: KeyedJaggedTensor, slot: Tensor | None) -> Tensor:
-        """`slot` [B]: the adapter slot of each row's domain, -1 where it has none; None where no
+        """Vectors of a batch; see `send`."""
+        return self.vectors(self.send(ids, slot))
+
+    def send(self, ids: KeyedJaggedTensor, slot: Tensor | None) -> list[OnTheWay]:
+        """Start to move a batch's ids to their tables: the trunk's, then the extension's.
+
+        `slot` [B]: the adapter slot of each row's domain, -1 where it has none; None where no
         shard set in use holds ids of an added domain's own, which saves the look for them.
         """
         if slot is None:
-            return self.trunk(ids)
+            return [self.trunk.send(ids)]
         values, lengths = ids.values(), ids.lengths()
         keys = torch.arange(len(self.trunk.keys), device=values.device)
         field = keys.repeat_interleave(len(slot)).repeat_interleave(lengths)
         local = values - self._trunk_rows.to(values.device)[field]
         own = local >= 0
-        vectors = self.trunk(_with(ids, values.masked_fill(own, 0), lengths))
+        sent = [self.trunk.send(_with(ids, values.masked_fill(own, 0), lengths))]
         if self.extension is None:
-            return vectors
+            return sent
         slot_of_id = slot.repeat(len(keys)).repeat_interleave(lengths)
         size, start = self.extension.size.to(values.device), self.extension.start.to(values.device)
         # Slot -1 reads the last row of `size` here, and is masked by the first condition.
@@ -67,7 +73,15 @@ class Embedder:
         bag = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
         rows = (local + start[slot_of_id, field])[own]
         own_lengths = torch.bincount(bag[own], minlength=len(lengths)).to(lengths.dtype)
-        return vectors + self.extension.tables(_with(ids, rows, own_lengths))
+        return [*sent, self.extension.tables.send(_with(ids, rows, own_lengths))]
+
+    def vectors(self, sent: Sequence[OnTheWay]) -> Tensor:
+        """[B, fields, width] of the ids sent."""
+        vectors = self.trunk.vectors(sent[0])
+        if len(sent) > 1:
+            assert self.extension is not None
+            vectors = vectors + self.extension.tables.vectors(sent[1])
+        return vectors
 
 
 def _with(ids: KeyedJaggedTensor, values: Tensor, lengths: Tensor) -> KeyedJaggedTensor:

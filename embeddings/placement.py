@@ -11,7 +11,6 @@ of them depends on the number of ranks or on the plan.
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,28 +27,32 @@ from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, Tr
 from torchrec.distributed.types import ModuleSharder
 
 from embeddings.lazy_adam import LazyAdam
+from embeddings.table_shard import INIT_ROWS, TableShard, first_weights, place_hash
 from embeddings.tables import Sharding, Table, TablesConfig
 
-INIT_ROWS = 1 << 16  # rows whose first weights come from one seed, drawn together
 OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 
 
-@dataclass(frozen=True)
-class TableShard:
-    """A rectangle of one table on this rank; its tensors are the live ones, not copies.
+class OnTheWay:
+    """Ids between the ranks: first their number is exchanged (`announced`), then they are."""
 
-    `tensors` holds "weight" [rows, cols] and the optimizer's state: [rows, cols] each for Adam,
-    [rows] for row-wise Adagrad.
-    """
+    def __init__(self, context: Any, awaitable: Any) -> None:
+        self.context = context
+        self._announced, self._ids = awaitable, None
 
-    table: str
-    row: int
-    col: int
-    width: int
-    tensors: dict[str, Tensor]
+    def announced(self) -> None:
+        """Wait for the numbers and start to move the ids, unless that has been done."""
+        if self._ids is None:
+            self._ids = self._announced.wait()
+
+    def arrived(self) -> Any:
+        """The ids whose rows this rank holds."""
+        self.announced()
+        assert self._ids is not None
+        return self._ids.wait()
 
 
 class _AnySharder(EmbeddingBagCollectionSharder):
@@ -69,9 +72,9 @@ class ShardedTables:
         self.keys = [table.field for table in tables]
         self.width = tables[0].width
         self.frozen = False
-        self._dmp = _shard(tables, config, device)
         # Any: TorchRec reaches its kernels through nn.Module attributes, which carry no type.
-        lookups: Any = self._dmp.module._lookups
+        self._sharded: Any = _shard(tables, config, device).module
+        lookups: Any = self._sharded._lookups
         self._kernels: list[Any] = [one for lookup in lookups for one in lookup._emb_modules]
         self._fused: list[Any] = []
         for kernel in self._kernels:
@@ -82,14 +85,28 @@ class ShardedTables:
         self._initialise(seed)
 
     def __call__(self, ids: KeyedJaggedTensor) -> Tensor:
-        """Sum-pooled vectors [B, fields, width] in the order of `keys`.
+        """Sum-pooled vectors [B, fields, width] in the order of `keys`."""
+        return self.vectors(self.send(ids))
+
+    def send(self, ids: KeyedJaggedTensor) -> "OnTheWay":
+        """Start to move ids to the ranks that hold their rows.
+
+        Ids do not depend on weights, so those of the next batch travel while this one trains.
+        All ranks must send and ask for vectors in one order.
+        """
+        context = self._sharded.create_context()
+        return OnTheWay(context, self._sharded.input_dist(context, ids))
+
+    def vectors(self, sent: "OnTheWay") -> Tensor:
+        """Sum-pooled vectors [B, fields, width] of the ids sent, in the order of `keys`.
 
         Frozen tables are read without a graph: `requires_grad=False` would not stop a fused
         optimizer, a lookup without backward does.
         """
         reading = self.frozen or not torch.is_grad_enabled()
+        ids = sent.arrived()
         with torch.set_grad_enabled(not reading):
-            pooled = self._dmp(ids).wait()
+            pooled = self._sharded.compute_and_output_dist(sent.context, ids).wait()
             # The column order of a KeyedTensor follows the plan, so it is only ever read by key.
             if pooled.keys() == self.keys:
                 values = pooled.values()
@@ -170,7 +187,7 @@ class ShardedTables:
         """128 bits over every weight and its place: equal for any plan and number of ranks."""
         sums = np.zeros(2, dtype=np.uint64)
         for shard in self.shards():
-            sums += _place_hash(shard)
+            sums += place_hash(shard)
         gathered: list[np.ndarray] = [sums] * dist.get_world_size()
         dist.all_gather_object(gathered, sums)
         return hashlib.sha256(np.sum(gathered, axis=0, dtype=np.uint64).tobytes()).hexdigest()
@@ -182,7 +199,7 @@ class ShardedTables:
             for start in range(0, weight.shape[0], INIT_ROWS):
                 part = weight[start : start + INIT_ROWS]
                 with torch.no_grad():
-                    part.copy_(_first_weights(shard, start, len(part), std[shard.table], seed))
+                    part.copy_(first_weights(shard, start, len(part), std[shard.table], seed))
 
 
 def _shard(
@@ -246,47 +263,3 @@ def _sharding(table: Table, world: int) -> Sharding:
     rows_per_rank = -(-table.rows // world)
     some_empty = (world - 1) * rows_per_rank >= table.rows
     return "table_wise" if table.sharding == "row_wise" and some_empty else table.sharding
-
-
-def _first_weights(shard: TableShard, start: int, rows: int, std: float, seed: int) -> Tensor:
-    """N(0, std) as a pure function of (seed, table, place); the reserved row 0 is zero.
-
-    So a model starts from the same weights on any number of ranks and under any plan.
-    """
-    cols = shard.tensors["weight"].shape[1]
-    if std == 0:
-        return torch.zeros(rows, cols)
-    first, last = shard.row + start, shard.row + start + rows
-    parts = []
-    for chunk in range(first // INIT_ROWS, (last - 1) // INIT_ROWS + 1):
-        key = hashlib.sha256(f"{seed}/{shard.table}/{chunk}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        whole = torch.empty(INIT_ROWS, shard.width).normal_(0, std, generator=generator)
-        if chunk == 0:
-            whole[0] = 0
-        lo, hi = max(first, chunk * INIT_ROWS), min(last, (chunk + 1) * INIT_ROWS)
-        parts.append(whole[lo - chunk * INIT_ROWS : hi - chunk * INIT_ROWS])
-    return torch.cat(parts)[:, shard.col : shard.col + cols]
-
-
-def _place_hash(shard: TableShard) -> np.ndarray:
-    """Sum over a rectangle of a mix of (table, row, column, bits of the weight), twice."""
-    weight = shard.tensors["weight"].detach().cpu()
-    name = np.frombuffer(hashlib.sha256(shard.table.encode()).digest()[:16], dtype=np.uint64)
-    sums = np.zeros(2, dtype=np.uint64)
-    for start in range(0, weight.shape[0], INIT_ROWS):
-        bits = weight[start : start + INIT_ROWS].numpy().view(np.uint32).astype(np.uint64)
-        rows = np.arange(start, start + len(bits), dtype=np.uint64) + np.uint64(shard.row)
-        cols = np.arange(bits.shape[1], dtype=np.uint64) + np.uint64(shard.col)
-        place = rows[:, None] * np.uint64(shard.width) + cols
-        for i in range(2):
-            mixed = _mix(_mix(place ^ name[i]) + bits)
-            sums[i] += mixed.sum(dtype=np.uint64)
-    return sums
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al., 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -1,6 +1,7 @@
 """`python -m launch VERB`, installed as `banyan`; under torchrun for the verbs that train."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -30,6 +31,8 @@ VERBS = {
     "inspect": inspect,
     "demo": demo,
 }
+# What a disk answers that takes no more, or not from us.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,14 +42,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         VERBS[args.verb].run(args)
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _mistake(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _mistake(
+            f"{where}could not be written ({error.strerror}); give it room or rights and start "
+            "the same command again: what was saved before is whole"
+        )
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _mistake(text: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    print(f"error{where}: {text}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _quiet() -> None:

@@ -216,6 +216,32 @@ def test_a_mistake_under_torchrun_does_not_spoil_the_folder(project: Project) ->
 
 
 @pytest.mark.dist
+def test_a_block_that_one_rank_finds_corrupt_ends_all_ranks_in_one_line_each(
+    project: Project, files: Path
+) -> None:
+    told = _torchrun("evaluate", str(project.run), "--shards", str(files / "corrupt"))
+    assert told.returncode != 0
+    lines = [line for line in told.stderr.splitlines() if line.startswith("error")]
+    assert any("its SHA-256 differs from the index" in line for line in lines)
+    assert all("SHA-256" in line or "another rank did" in line for line in lines)
+    assert "RuntimeError" not in told.stderr
+
+
+@pytest.mark.dist
+def test_a_disk_that_takes_no_more_is_named(
+    project: Project, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = files / "runs" / "movielens_mlora"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    train = ["train", str(RUN_FILE), *_settings(project.folder), "--set", f"output={files}/runs"]
+    assert main(train) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    expected = "metrics.jsonl: could not be written (No space left on device); give it room"
+    assert line.startswith("error: ") and expected in line
+
+
+@pytest.mark.dist
 def test_what_was_made_can_be_inspected(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_shards import Batch, Field, Schema, SplitConfig, UserError, write_shards
+from data_shards import Field, Schema, SplitConfig, UserError, write_shards
 from tests.toy_source import toy_source
 from trainer import config as run_files
 from trainer.config import RunConfig
 from trainer.fit import Trainee
+from trainer.model import Sent
 from trainer.ranks import Ranks
 
 SCHEMA = Schema(
@@ -129,9 +130,10 @@ def recording(before: Callable[[int], None] = lambda at: None) -> Iterator[list[
     steps: list[Step] = []
     original = Trainee.step
 
-    def step(self: Trainee, batch: Batch, slots: Tensor, extended: bool, at: int) -> Tensor:
+    def step(self: Trainee, sent: Sent, following: Sent | None, at: int) -> Tensor:
         before(at)
-        loss = original(self, batch, slots, extended, at)
+        loss = original(self, sent, following, at)
+        batch = sent.batch
         real = batch.weight > 0
         rows = tuple(batch.row_id[real].tolist())
         steps.append(Step(at, float(loss), rows, frozenset(batch.domain[real].tolist())))

@@ -1,7 +1,7 @@
 """The loop, for either phase: steps until an evaluation says that it has learned enough."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.log import Progress, RunLog
 from trainer.metrics import Scores
-from trainer.model import Model
+from trainer.model import Model, Sent
 from trainer.ranks import Ranks
 
 LOSS_EVERY = 50  # steps between looks at the loss: each look is one small all-reduce
@@ -59,14 +59,30 @@ class Trainee:
     ranks: Ranks
     seed: int
 
-    def step(self, batch: Batch, slots: torch.Tensor, extended: bool, at: int) -> torch.Tensor:
+    def ahead(
+        self, batches: Iterable[Batch], slots: torch.Tensor, extended: bool
+    ) -> Iterator[tuple[Sent, Sent | None]]:
+        """Each batch, and the next one: its ids travel to their tables while this one trains."""
+
+        sent = None
+        for batch in batches:
+            following = self.model.send(batch.to(self.ranks.device), slots, extended)
+            if sent is not None:
+                yield sent, following
+            sent = following
+        if sent is not None:
+            yield sent, None
+
+    def step(self, sent: Sent, following: Sent | None, at: int) -> torch.Tensor:
         """One optimizer step of dense part and tables; returns this rank's share of the loss."""
         # Dropout is a function of (seed, step, rank), so no generator's state is ever saved.
         mixed = np.random.SeedSequence((self.seed, at, self.ranks.rank))
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
-        batch = batch.to(self.ranks.device)
-        logit = self.model.logits(batch, slots, extended)
+        batch = sent.batch
+        logit = self.model.logits_of(sent)
         loss = self.method.loss(logit, batch.label, batch.weight, batch.rows)
+        if following is not None:
+            following.announced()
         # Engine and tables both average gradients over ranks; the loss is a sum over them.
         self.engine.step(loss * self.ranks.world)
         return loss.detach()
@@ -93,11 +109,12 @@ def fit(
         trainee.engine.train(True)
         meter = _Meter(trainee.ranks, name)
         began = time.monotonic()
-        for batch in train.batches(position.cursor):
-            loss = trainee.step(batch, slots, train.extended, position.steps)
+        batches = train.batches(position.cursor)
+        for sent, following in trainee.ahead(batches, slots, train.extended):
+            loss = trainee.step(sent, following, position.steps)
             position.steps += 1
             position.cursor = Cursor(epoch, position.cursor.step + 1)
-            progress.add(batch.rows, meter.add(loss, position.steps))
+            progress.add(sent.batch.rows, meter.add(loss, position.steps))
             ends = position.cursor.step == steps
             due = phase.evaluate_every and position.steps % phase.evaluate_every == 0
             if ends or due:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,10 +42,15 @@ class RunLog:
         """One line of the metrics file; its numbers also go to wandb as `<phase>/<name>`."""
         if self._file is None:
             return
-        self._file.write(
-            json.dumps({"time": round(time.time(), 3), "phase": phase, **values}) + "\n"
-        )
-        self._file.flush()
+        line = json.dumps({"time": round(time.time(), 3), "phase": phase, **values}) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:  # which does not know the file
+            file, self._file = self._file, None
+            with suppress(OSError):  # the same one, for the line that is still waiting
+                file.close()
+            raise OSError(error.errno, error.strerror, file.name) from error
         if self._wandb is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             self._wandb.log({f"{phase}/{name}": value for name, value in numbers.items()})

@@ -16,6 +16,7 @@ from data_shards import Batch, Index, Loader, Schema, UserError, Vocabulary
 from embeddings import (
     Embedder,
     Extension,
+    OnTheWay,
     ShardedTables,
     extension_tables,
     table_width,
@@ -87,9 +88,30 @@ class Model:
 
     def logits(self, batch: Batch, slots: Tensor, extended: bool) -> Tensor:
         """[B]; `slots` from `slots(loader)`, `extended` if some shard set has own ids."""
+        return self.logits_of(self.send(batch, slots, extended))
+
+    def send(self, batch: Batch, slots: Tensor, extended: bool) -> "Sent":
+        """Start to move a batch's ids to the ranks that hold their rows."""
         slot = slots[batch.domain]
-        embedded = self.embedder(batch.ids, slot if extended else None)
-        return self.dense(embedded, batch.numbers, slot)
+        return Sent(batch, slot, self.embedder.send(batch.ids, slot if extended else None))
+
+    def logits_of(self, sent: "Sent") -> Tensor:
+        """[B], of a batch whose ids are on their way."""
+        return self.dense(self.embedder.vectors(sent.ids), sent.batch.numbers, sent.slot)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A batch whose ids are on their way to their tables; `slot` [B] of each row's adapter."""
+
+    batch: Batch
+    slot: Tensor
+    ids: Sequence[OnTheWay]
+
+    def announced(self) -> None:
+        """Let the ids go, now that every rank knows how many it gets."""
+        for ids in self.ids:
+            ids.announced()
 
 
 def new_method(config: RunConfig, schema: Schema) -> Method:

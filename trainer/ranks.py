@@ -1,6 +1,8 @@
 """Who this process is among all, and its device."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from data_shards.errors import UserError
 
 T = TypeVar("T")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    _keep_freed_memory()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -70,6 +74,15 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _keep_freed_memory() -> None:
+    """Reuse the memory of large tensors. glibc gives it back to the system at once, and every step
+    pays for fresh pages: a fifth of its CPU time with the 256-128-64 MLP and batches of 4,096."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def stop() -> None:

@@ -19,7 +19,10 @@ def sizes(trunk: Trunk, adapters: Sequence[Adapter]) -> dict[str, int]:
 
 def final_table(summary: dict[str, Any]) -> str:
     """Per domain: rows, AUC and log loss of the shared part and with its adapter."""
-    shared, adapted, kept = summary["shared"], summary["adapted"], set(summary["kept"])
+    shared, adapted = summary["shared"], summary["adapted"]
+    if adapted is None:
+        return f"{_shared_table(shared)}\n{_size_line(summary['sizes'])}"
+    kept = set(summary["kept"])
     after = {score["domain"]: score for score in adapted["domains"]}
     rows = [
         [
@@ -37,6 +40,20 @@ def final_table(summary: dict[str, Any]) -> str:
     ]
     lines += [f"no adapter: {reason}" for reason in summary["skipped"].values()]
     lines.append(_size_line(summary["sizes"]))
+    return "\n".join(lines)
+
+
+def _shared_table(shared: dict[str, Any]) -> str:
+    """Of a run that adapted no domain."""
+    rows = [
+        [one["domain"], f"{one['rows']:,}", _figure(one["auc"]), f"{one['log_loss']:.4f}"]
+        for one in shared["domains"]
+    ]
+    total = f"WAUC {_figure(shared['wauc'])}; all rows: AUC {_figure(shared['auc'])}"
+    lines = [
+        grid(["domain", "test rows", "AUC", "log loss"], rows),
+        f"{total}, log loss {shared['log_loss']:.4f}{_undefined(shared)}",
+    ]
     return "\n".join(lines)
 
 
@@ -75,9 +92,13 @@ def _wauc_line(shared: dict[str, Any], adapted: dict[str, Any]) -> str:
     before, after = shared["wauc"], adapted["wauc"]
     line = f"WAUC {_figure(before)} shared, {_figure(after)} with adapters"
     line += f" ({_change(before, after)})" if before is not None else ""
-    if shared["undefined"]:
-        line += f"; {shared['undefined']} domains have one class in these rows: no AUC, not in WAUC"
-    return line
+    return line + _undefined(shared)
+
+
+def _undefined(shared: dict[str, Any]) -> str:
+    if not shared["undefined"]:
+        return ""
+    return f"; {shared['undefined']} domains have one class in these rows: no AUC, not in WAUC"
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -91,12 +112,11 @@ def _pair(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _size_line(counts: dict[str, int]) -> str:
-    trunk = counts["tables"] + counts["dense"]
-    share = counts["adapter"] / trunk
-    return (
-        f"trunk {trunk:,} parameters ({4 * trunk:,} bytes; {counts['tables']:,} in tables), "
-        f"largest adapter {counts['adapter']:,} ({4 * counts['adapter']:,} bytes, {share:.2%})"
-    )
+    trunk, adapter = counts["tables"] + counts["dense"], counts["adapter"]
+    line = f"trunk {trunk:,} parameters ({4 * trunk:,} bytes; {counts['tables']:,} in tables)"
+    if adapter:
+        line += f", largest adapter {adapter:,} ({4 * adapter:,} bytes, {adapter / trunk:.2%})"
+    return line
 
 
 def _figure(value: float | None) -> str:

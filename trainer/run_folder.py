@@ -48,7 +48,7 @@ class RunFolder:
                     )
                 return
             self.path.mkdir(parents=True, exist_ok=True)
-            existing.write_text(dump(config), encoding="utf-8")
+            _write(existing, dump(config))
 
         together(ranks, self.path, lambda: act() if ranks.first else None)
 
@@ -114,9 +114,18 @@ class RunFolder:
         """What `add-domain` found."""
         folder = self.path / "added"
         folder.mkdir(exist_ok=True)
-        text = json.dumps(values, indent=1)
-        (folder / f"{quote(domain, safe='')}.json").write_text(text + "\n", encoding="utf-8")
+        _write(folder / f"{quote(domain, safe='')}.json", json.dumps(values, indent=1) + "\n")
 
     def save_summary(self, values: dict[str, Any]) -> None:
-        text = json.dumps(values, indent=1)
-        (self.path / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        _write(self.path / SUMMARY, json.dumps(values, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none of it."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -56,21 +56,22 @@ def _train(
     test = _loader(trunk, shards, config.test, None)
     base = evaluate(trunk_alone(trunk), test, ranks, "test, shared part")
     kept = folder.kept_adapters(config.method.name, trunk_id)
-    adapted = base
+    adapted = base if kept or "adapt" in config.phases else None
     if kept:
         adapted = evaluate(with_adapters(trunk, kept), test, ranks, "test, with adapters")
     summary = {
         "trunk": trunk_id,
         "pretrain_seconds": round(seconds, 3),
         "shared": base.to_dict(),
-        "adapted": adapted.to_dict(),
+        "adapted": adapted.to_dict() if adapted else None,
         "kept": [adapter.domain for adapter in kept],
         "skipped": skipped,
         "sizes": sizes(trunk, kept),
     }
     if ranks.first:
         folder.save_summary(summary)
-    log.metrics("test", {"wauc_shared": base.wauc, "wauc_adapted": adapted.wauc})
+    waucs = {"wauc_shared": base.wauc} | ({"wauc_adapted": adapted.wauc} if adapted else {})
+    log.metrics("test", waucs)
     log.say(final_table(summary))
     return summary
 

@@ -1,0 +1,69 @@
+"""A rectangle of one table on one rank: its first weights and its digest know no plan."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INIT_ROWS = 1 << 16  # rows whose first weights come from one seed, drawn together
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """A rectangle of one table on this rank; its tensors are the live ones, not copies.
+
+    `tensors` holds "weight" [rows, cols] and the optimizer's state: [rows, cols] each for Adam,
+    [rows] for row-wise Adagrad.
+    """
+
+    table: str
+    row: int
+    col: int
+    width: int
+    tensors: dict[str, Tensor]
+
+
+def first_weights(shard: TableShard, start: int, rows: int, std: float, seed: int) -> Tensor:
+    """N(0, std) as a pure function of (seed, table, place); the reserved row 0 is zero.
+
+    So a model starts from the same weights on any number of ranks and under any plan.
+    """
+    cols = shard.tensors["weight"].shape[1]
+    if std == 0:
+        return torch.zeros(rows, cols)
+    first, last = shard.row + start, shard.row + start + rows
+    parts = []
+    for chunk in range(first // INIT_ROWS, (last - 1) // INIT_ROWS + 1):
+        key = hashlib.sha256(f"{seed}/{shard.table}/{chunk}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        whole = torch.empty(INIT_ROWS, shard.width).normal_(0, std, generator=generator)
+        if chunk == 0:
+            whole[0] = 0
+        lo, hi = max(first, chunk * INIT_ROWS), min(last, (chunk + 1) * INIT_ROWS)
+        parts.append(whole[lo - chunk * INIT_ROWS : hi - chunk * INIT_ROWS])
+    return torch.cat(parts)[:, shard.col : shard.col + cols]
+
+
+def place_hash(shard: TableShard) -> np.ndarray:
+    """Sum over a rectangle of a mix of (table, row, column, bits of the weight), twice."""
+    weight = shard.tensors["weight"].detach().cpu()
+    name = np.frombuffer(hashlib.sha256(shard.table.encode()).digest()[:16], dtype=np.uint64)
+    sums = np.zeros(2, dtype=np.uint64)
+    for start in range(0, weight.shape[0], INIT_ROWS):
+        bits = weight[start : start + INIT_ROWS].numpy().view(np.uint32).astype(np.uint64)
+        rows = np.arange(start, start + len(bits), dtype=np.uint64) + np.uint64(shard.row)
+        cols = np.arange(bits.shape[1], dtype=np.uint64) + np.uint64(shard.col)
+        place = rows[:, None] * np.uint64(shard.width) + cols
+        for i in range(2):
+            mixed = _mix(_mix(place ^ name[i]) + bits)
+            sums[i] += mixed.sum(dtype=np.uint64)
+    return sums
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al., 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
