@@ -1,25 +1,32 @@
-"""Rows per second of the loader beside one-row-per-member WebDataset and a plain numpy gather.
+"""Rows per second of the loader beside WebDataset, Parquet and a copy of the same bytes.
 
-    python -m benchmarks.loader --data ml-1m.zip
+    python -m benchmarks.loader
 
-All three read the same MovieLens rows shuffled, in this one process, and count what they gave.
+One process, warm page cache, 20 id fields with label and domain. Ours is shuffled and checks every
+block's SHA-256; WebDataset is shuffled; Parquet is read in its own order. Sides take turns, so that
+the machine's other work falls on all of them alike.
 """
 
 import argparse
 import io
 import json
+import statistics
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from webdataset.compat import WebDataset
 
 from data_shards import (
+    Batch,
     Cursor,
     Field,
     Index,
@@ -28,60 +35,108 @@ from data_shards import (
     Rows,
     Schema,
     ShardReader,
-    SourceConfig,
     SplitConfig,
-    open_source,
     write_shards,
 )
+from data_shards.batch import Columns, IdColumn
 
-# MovieLens has nine single-valued columns; its time makes the tenth.
-FIELDS = (
-    "user",
-    "movie",
-    "gender",
-    "age",
-    "occupation",
-    "zip",
-    "year",
-    "title",
-    "domain",
-    "time_id",
-)
+FIELDS = tuple(f"f{number}" for number in range(19)) + ("domain",)
 SCHEMA = Schema(tuple(Field(name, "id") for name in FIELDS))
+ROW_GROUP = 131_072
+TRAIN = SplitConfig(parts={"train": 1.0})
+Side = Callable[[], Iterator[int]]
+"""Reads or writes everything once and yields numbers of rows."""
 
 
-class _TenFields:
-    """MovieLens with its time as a tenth id."""
+class Drawn:
+    """Random rows: skewed ids in fields of 10 to 100,000 values, four domains."""
 
-    def __init__(self, config: SourceConfig) -> None:
-        self.config = config
-        self._movielens = open_source(config)
+    def __init__(self, rows: int) -> None:
+        rng = np.random.default_rng(1)
+        columns: dict[str, Any] = {
+            "row_id": np.arange(rows),
+            "domain": _strings((4 * rng.random(rows) ** 2).astype(np.int32)),
+            "label": (rng.random(rows) < 0.2).astype(np.float32),
+            "time": np.arange(rows),
+        }
+        for number, name in enumerate(FIELDS[:-1]):
+            values = 10 ** (1 + number % 5)
+            columns[name] = _strings((values * rng.random(rows) ** 3).astype(np.int32))
+        self.table = pa.table(columns)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "drawn", "rows": len(self.table)}
 
     def tables(self) -> Iterator[pa.Table]:
-        for table in self._movielens.tables():
-            yield table.append_column("time_id", table["time"].cast(pa.string()))
+        for start in range(0, len(self.table), 65_536):
+            yield self.table.slice(start, 65_536)
 
-    def dropped(self) -> dict[str, int]:
-        return self._movielens.dropped()
+    def pieces(self) -> tuple[str, ...]:
+        return ("all",)
 
-
-def _loader(folder: Path, batch: int, sampler: str) -> Iterator[int]:
-    reading = Reading(global_batch=batch, sampler=sampler)  # pyright: ignore[reportArgumentType]
-    loader = Loader(folder, Rows(("train",)), reading, rank=0, world_size=1)
-    for item in loader.batches(Cursor()):
-        yield item.rows
+    def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
+        return self.tables()
 
 
-def _gather(columns: np.ndarray, label: np.ndarray, batch: int) -> Iterator[int]:
+def _strings(numbers: np.ndarray) -> pa.Array:
+    return pa.array(numbers).cast(pa.string())
+
+
+def ours(folder: Path, reading: Reading) -> Iterator[int]:
+    """Shuffled batches."""
+    for batch in Loader(folder, Rows(("train",)), reading, 0, 1).batches(Cursor()):
+        yield batch.rows
+
+
+def parquet(path: Path, batch: int) -> Iterator[int]:
+    """The same batches, unshuffled: row group after row group."""
+    with pq.ParquetFile(path) as file:
+        for number in range(file.num_row_groups):
+            columns = _columns(file.read_row_group(number))
+            rows = len(columns.label)
+            for start in range(0, rows, batch):
+                yield _batch(columns, start, min(start + batch, rows)).rows
+
+
+def _columns(table: pa.Table) -> Columns:
+    return Columns(
+        keys=FIELDS,
+        ids=tuple(IdColumn(table[name].to_numpy()) for name in FIELDS),
+        numbers=np.empty((len(table), 0), np.float32),
+        domain=table["domain"].to_numpy().astype(np.int64),
+        label=table["label"].to_numpy(),
+        row_id=table["row_id"].to_numpy(),
+        real=np.ones(len(table), bool),
+    )
+
+
+def _batch(columns: Columns, start: int, stop: int) -> Batch:
+    return columns.batch(start, stop, stop - start)
+
+
+def gather(columns: Columns, batch: int) -> Iterator[int]:
     """Everything in memory: a permutation and one gather per batch."""
-    order = np.random.default_rng(1).permutation(len(label))
+    order = np.random.default_rng(1).permutation(len(columns.label))
+    ids = np.stack([column.values for column in columns.ids])
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        ids = torch.from_numpy(columns[:, rows].astype(np.int64))
-        yield len(torch.from_numpy(label[rows])) if len(ids) else 0
+        values = torch.from_numpy(ids[:, rows].astype(np.int64))
+        yield len(torch.from_numpy(columns.label[rows])) if len(values) else 0
 
 
-def _webdataset(tar: Path, batch: int) -> Iterator[int]:
+def copy(size: int, rows: int) -> Side:
+    """A copy in memory of as many bytes as the blocks hold."""
+    source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
+
+    def run() -> Iterator[int]:
+        np.copyto(target, source)
+        yield rows
+
+    return run
+
+
+def webdataset(tar: Path, batch: int) -> Iterator[int]:
+    """One JSON row per member, shuffled."""
     rows: Iterable[dict] = WebDataset(str(tar), shardshuffle=False).shuffle(10_000)  # pyright: ignore
     values: list[list[int]] = []
     for sample in rows:
@@ -94,58 +149,86 @@ def _webdataset(tar: Path, batch: int) -> Iterator[int]:
         yield len(torch.tensor(values))
 
 
-def _memory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    index = Index.load(folder)
-    reader = ShardReader(folder, index)
-    table = pa.concat_tables([reader.read(block) for block in index.select(("train",))])
-    return np.stack([table[name].to_numpy() for name in FIELDS]), table["label"].to_numpy()
-
-
-def _write_json_members(target: Path, columns: np.ndarray, label: np.ndarray) -> None:
+def _write_json_members(target: Path, table: pa.Table) -> None:
     with tarfile.open(target, "w") as tar:
-        for number, (ids, click) in enumerate(zip(columns.T.tolist(), label, strict=True)):
-            row = dict(zip(FIELDS, ids, strict=True)) | {"label": float(click)}
+        for number, row in enumerate(table.select([*FIELDS, "label"]).to_pylist()):
             data = json.dumps(row).encode()
             member = tarfile.TarInfo(f"{number:08d}.json")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
 
 
-def _measure(name: str, read: Callable[[], Iterator[int]], repeats: int) -> float:
-    """Rows per second, the best of some runs: the machine's other work only slows."""
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        rows = sum(read())
-        best = max(best, rows / (time.perf_counter() - start))
-    print(f"{name:<44} {best:>13,.0f} rows/s", flush=True)
-    return best
+def _seconds(side: Side) -> float:
+    """Seconds per row of one run."""
+    start = time.perf_counter()
+    rows = sum(side())
+    return (time.perf_counter() - start) / rows
+
+
+def _compare(sides: dict[str, Side], rounds: int) -> None:
+    """Rows per second of each side, and the first side's ratio to it: medians over the rounds."""
+    runs = [{name: _seconds(side) for name, side in sides.items()} for _ in range(rounds + 1)][1:]
+    first = next(iter(sides))
+    for name in sides:
+        rate = statistics.median(1 / run[name] for run in runs)
+        ratio = statistics.median(run[name] / run[first] for run in runs)
+        print(f"{name:<52} {rate:>13,.0f} rows/s  {ratio:>9.2f}", flush=True)
+
+
+def _writing(source: Drawn, folder: Path) -> dict[str, Side]:
+    """Raw rows to disk: splits, vocabulary and ids on our side, strings on the other."""
+
+    def shards() -> Iterator[int]:
+        out = folder / f"written-{time.monotonic_ns()}"
+        yield write_shards(source, SCHEMA, TRAIN, out).rows  # pyright: ignore[reportArgumentType]
+
+    def raw() -> Iterator[int]:
+        with pq.ParquetWriter(folder / "raw.parquet", source.table.schema) as writer:
+            for table in source.tables():
+                writer.write_table(table)
+        yield len(source.table)
+
+    return {"write_shards, one process": shards, "Parquet of the raw strings": raw}
 
 
 def main() -> None:
-    """Write both forms into a temporary folder and measure."""
+    """Write all forms into a temporary folder and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="MovieLens' ml-1m.zip")
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--json-rows", type=int, default=50_000)
+    parser.add_argument("--json-rows", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=Reading.threads)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "shards"
-        source = _TenFields(SourceConfig(path=str(args.data)))
-        write_shards(source, SCHEMA, SplitConfig(), folder)
-        columns, label = _memory(folder)
-        tar = Path(temporary) / "rows.tar"
-        _write_json_members(tar, columns[:, : args.json_rows], label[: args.json_rows])
-        print(f"{len(label):,} rows, {len(FIELDS)} id fields, batches of {args.batch}")
-        for sampler in ("domain_pure", "mixed"):
-            name = f"loader, {sampler}, shuffled, from shards"
-            ours = _measure(name, lambda s=sampler: _loader(folder, args.batch, s), 3)
-        _measure("numpy gather, all rows in memory", lambda: _gather(columns, label, args.batch), 3)
-        theirs = _measure(
-            "webdataset, one JSON row per member", lambda: _webdataset(tar, args.batch), 1
-        )
-        print(f"loader / webdataset: {ours / theirs:,.0f} times")
+        root = Path(temporary)
+        source, shards = Drawn(args.rows), root / "shards"
+        index: Index = write_shards(source, SCHEMA, TRAIN, shards)  # pyright: ignore
+        reader = ShardReader(shards, index)
+        table = pa.concat_tables([reader.read(block) for block in index.blocks])
+        pq.write_table(table.drop(["time"]), root / "rows.parquet", row_group_size=ROW_GROUP)
+        _write_json_members(root / "rows.tar", table.slice(0, args.json_rows))
+        size = sum(block.bytes for block in index.blocks)
+        print(f"{index.rows:,} rows, {len(FIELDS)} id fields, {size / index.rows:.0f} bytes a row")
+        print("shards", args.batch, "a batch;", "last column: loader, mixed / this side")
+        mixed = Reading(global_batch=args.batch, threads=args.threads)
+        pure = Reading(global_batch=args.batch, threads=args.threads, sampler="domain_pure")
+        memory = _columns(table.combine_chunks())
+        sides: dict[str, Side] = {
+            "loader, mixed, shuffled": lambda: ours(shards, mixed),
+            "loader, domain_pure, shuffled": lambda: ours(shards, pure),
+            "pyarrow, Parquet row groups, in order": lambda: parquet(
+                root / "rows.parquet", args.batch
+            ),
+            "numpy gather, all rows in memory": lambda: gather(memory, args.batch),
+            "copy of the blocks' bytes": copy(size, index.rows),
+            "webdataset, one JSON row per member, shuffled": lambda: webdataset(
+                root / "rows.tar", args.batch
+            ),
+        }
+        _compare(sides, args.rounds)
+        _compare(_writing(source, root), 2)
 
 
 if __name__ == "__main__":

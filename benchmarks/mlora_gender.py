@@ -73,7 +73,8 @@ def _cell(
     )
     if not shards.exists():
         data = config.data
-        write_shards(open_source(data.source), data.schema, data.split, shards)
+        source = open_source(data.source, data.fields)
+        write_shards(source, data.schema, data.split, shards)
     start = time.monotonic()
     summary = train(config, group)
     return {

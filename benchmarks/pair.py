@@ -1,4 +1,4 @@
-"""Two ranks in processes of their own, that step when this process asks them to."""
+"""Ranks in processes of their own, a thread each, that step when this process asks them to."""
 
 import os
 import socket
@@ -17,14 +17,14 @@ from trainer.model import new_trunk
 
 
 @contextmanager
-def two_ranks(run: RunConfig) -> Iterator[Callable[[str], str]]:
-    """Two processes beside this one; asked together, they step, and the first one answers."""
+def group_of(world: int, run: RunConfig) -> Iterator[Callable[[str], str]]:
+    """So many processes beside this one; asked together, they step, and the first one answers."""
     context = get_context("spawn")
-    pipes = [context.Pipe() for _ in range(2)]
+    pipes = [context.Pipe() for _ in range(world)]
     port = free_port()
     processes = [
-        context.Process(target=rank_of_two, args=(rank, port, run, pipes[rank][1]), daemon=True)
-        for rank in range(2)
+        context.Process(target=one_of, args=(rank, world, port, run, pipe), daemon=True)
+        for rank, (_, pipe) in enumerate(pipes)
     ]
     for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
@@ -44,9 +44,10 @@ def two_ranks(run: RunConfig) -> Iterator[Callable[[str], str]]:
             process.join()
 
 
-def rank_of_two(rank: int, port: int, run: RunConfig, pipe: Connection) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_of(rank: int, world: int, port: int, run: RunConfig, pipe: Connection) -> None:
+    size, number = str(world), str(rank)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size}
+    os.environ |= {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     setting = Setting(run, groups.start(), 0)
     loader = setting.loader()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Claim, Side, compared, machine, table
-from benchmarks.pair import two_ranks
+from benchmarks.pair import group_of
 from benchmarks.peer import PlainTorch, PlainTraining, shuffled
 from benchmarks.sides import (
     BATCH,
@@ -190,24 +190,22 @@ def domains(setting: Setting) -> dict[str, Any]:
     )
 
 
-def world(setting: Setting) -> dict[str, Any]:
-    """Two ranks against one with the same global batches, a thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    loader = setting.loader()
-    one = phase_1(new_trunk(setting.run, setting.ranks, loader.indexes[0])).from_shards(loader)
-    with two_ranks(setting.run) as ask:
-        result = compared(
-            f"Two ranks against one: MovieLens from shards, global batch {BATCH}, a thread each",
-            {
-                "one rank": one,
-                "two ranks": replace(one, run=lambda: ask("step"), profiled=lambda: ask("profile")),
-            },
-            [Claim("times the speed of one rank", "one rank", "two ranks", 1.6)],
+def world(setting: Setting, batch: int, least: float | None) -> dict[str, Any]:
+    """Two ranks against one with the same global batches, a thread each, in fresh processes."""
+    run = replace(setting.run, reading=replace(setting.run.reading, global_batch=batch))
+    loader = replace(setting, run=run).loader()
+    rows = STREAMED * loader.total_rows // loader.steps()
+    with group_of(1, run) as one, group_of(2, run) as two:
+        sides = {
+            name: Side(partial(ask, "step"), STREAMED, rows, partial(ask, "profile"))
+            for name, ask in (("one rank", one), ("two ranks", two))
+        }
+        return compared(
+            f"Two ranks against one: MovieLens from shards, global batch {batch:,}, a thread each",
+            sides,
+            [Claim("times the speed of one rank", "one rank", "two ranks", least)],
             setting.rounds,
         )
-    torch.set_num_threads(threads)
-    return result
 
 
 PARTS: dict[str, tuple[Callable[[Setting], dict[str, Any]], ...]] = {
@@ -215,7 +213,7 @@ PARTS: dict[str, tuple[Callable[[Setting], dict[str, Any]], ...]] = {
     "table-rows": (table_rows,),
     "phases": (phases,),
     "domains": (domains,),
-    "ranks": (world,),
+    "ranks": (partial(world, batch=BATCH, least=1.6), partial(world, batch=4 * BATCH, least=1.6)),
 }
 
 

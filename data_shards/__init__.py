@@ -9,8 +9,10 @@ from data_shards.reader import ShardReader
 from data_shards.schema import Field, Schema
 from data_shards.sources import SOURCES, Source, SourceConfig, open_source
 from data_shards.splits import SplitConfig
+from data_shards.storage import Location
+from data_shards.verify import verify
 from data_shards.vocabulary import Vocabulary
-from data_shards.writer import write_shards
+from data_shards.writer import Part, write_shards
 
 __all__ = [
     "SOURCES",
@@ -20,7 +22,9 @@ __all__ = [
     "EpochOrder",
     "Field",
     "Index",
+    "Location",
     "Loader",
+    "Part",
     "Reading",
     "Rows",
     "Schema",
@@ -32,5 +36,6 @@ __all__ = [
     "Vocabulary",
     "encode_batch",
     "open_source",
+    "verify",
     "write_shards",
 ]

@@ -3,14 +3,15 @@
 Shapes: B rows of this rank, F keys, n numbers.
 """
 
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from data_shards.schema import Field, Schema
 
@@ -33,6 +34,10 @@ class Batch:
     """[B] int64"""
     rows: int
     """Real rows of the global batch, the same on all ranks: the loss divides by it."""
+    tokens: dict[str, JaggedTensor] = field(default_factory=dict)
+    """Per field of token numbers: int64 values, int32 lengths [B]; padding has length 0."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """[B] sidecar columns by name: float32, or int64 for ids of texts."""
 
     def __len__(self) -> int:
         return len(self.label)
@@ -47,6 +52,8 @@ class Batch:
             weight=self.weight.to(device, non_blocking=True),
             row_id=self.row_id.to(device, non_blocking=True),
             rows=self.rows,
+            tokens={k: v.to(device, non_blocking=True) for k, v in self.tokens.items()},
+            columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
         )
 
 
@@ -57,12 +64,19 @@ class IdColumn:
     values: np.ndarray
     offsets: np.ndarray | None = None
 
-    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(values, lengths) of some rows."""
+    def rows(self, start: int, stop: int, real: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(values, lengths) of some rows; those not `real` have none (None: all are)."""
         if self.offsets is None:
-            return self.values[start:stop], np.ones(stop - start, np.int32)
-        offsets = self.offsets[start : stop + 1]
-        return self.values[offsets[0] : offsets[-1]], np.diff(offsets)
+            values, lengths = self.values[start:stop], _ones(stop - start)
+        else:
+            offsets = self.offsets[start : stop + 1]
+            values, lengths = self.values[offsets[0] : offsets[-1]], np.diff(offsets)
+        return (values, lengths) if real is None else (values[real.repeat(lengths)], lengths * real)
+
+
+@lru_cache
+def _ones(rows: int) -> np.ndarray:
+    return np.ones(rows, np.int32)
 
 
 @dataclass(frozen=True)
@@ -76,18 +90,19 @@ class Columns:
     label: np.ndarray
     row_id: np.ndarray
     real: np.ndarray
+    tokens: Mapping[str, IdColumn] = field(default_factory=dict)
+    sidecars: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def batch(self, start: int, stop: int, rows: int) -> Batch:
         """The rows [start, stop) as a batch whose global batch has `rows` real rows."""
         real = self.real[start:stop]
-        parts = [column.rows(start, stop) for column in self.ids]
-        if not real.all():
-            parts = [_without_padding(values, lengths, real) for values, lengths in parts]
+        some = None if real.all() else real
+        values, lengths = zip(*(ids.rows(start, stop, some) for ids in self.ids), strict=True)
         return Batch(
             ids=KeyedJaggedTensor(
                 keys=list(self.keys),
-                values=torch.from_numpy(np.concatenate([v for v, _ in parts], dtype=np.int64)),
-                lengths=torch.from_numpy(np.concatenate([n for _, n in parts], dtype=np.int32)),
+                values=_joined(values, np.int64),
+                lengths=_joined(lengths, np.int32),
                 stride=stop - start,
             ),
             numbers=torch.from_numpy(self.numbers[start:stop]),
@@ -96,51 +111,84 @@ class Columns:
             weight=torch.from_numpy(real.astype(np.float32)),
             row_id=torch.from_numpy(self.row_id[start:stop]),
             rows=rows,
+            tokens={
+                name: _jagged(*column.rows(start, stop, some))
+                for name, column in self.tokens.items()
+            },
+            columns={
+                name: torch.from_numpy(column[start:stop]) for name, column in self.sidecars.items()
+            },
         )
 
 
-def _without_padding(
-    values: np.ndarray, lengths: np.ndarray, real: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    return values[np.repeat(real, lengths)], lengths * real
+def _joined(parts: Sequence[np.ndarray], kind: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts, dtype=kind))
+
+
+def _jagged(values: np.ndarray, lengths: np.ndarray) -> JaggedTensor:
+    return JaggedTensor(_joined([values], np.int64), lengths=_joined([lengths], np.int32))
 
 
 def gather(
     schema: Schema,
-    tables: list[pa.Table],
+    tables: Sequence[pa.Table],
     take: np.ndarray,
     domain: np.ndarray,
     real: np.ndarray,
 ) -> Columns:
-    """The rows `take` of the tables laid end to end; `domain` and `real` are per taken row."""
+    """The rows `take` of the tables laid end to end; `domain` and `real` are per taken row.
+
+    Rows that are not `real` must be those of a `reader.blank_row`.
+    """
+    read = [f.name for f in schema.fields if f.kind != "text"]
+    selected = [table.select(["row_id", "label", *read]) for table in tables]
+    # one copy of everything in C++, so that each column is one array
+    table = pa.concat_tables(selected).combine_chunks()
     return Columns(
         keys=tuple(field.name for field in schema.ids),
-        ids=tuple(_id_column(field, tables, take) for field in schema.ids),
-        numbers=_numbers(schema, tables, take),
-        domain=np.where(real, domain, 0),
-        label=np.where(real, _column(tables, "label", take), np.float32(0)),
-        row_id=np.where(real, _column(tables, "row_id", take), -1),
+        ids=_ids(schema, table, take),
+        numbers=_numbers(schema, table, take),
+        domain=domain,
+        label=_taken(table, "label", take),
+        row_id=_taken(table, "row_id", take),
         real=real,
+        tokens={f.name: _lists(f, table, take) for f in schema.tokens},
     )
 
 
-def _column(tables: list[pa.Table], name: str, take: np.ndarray) -> np.ndarray:
-    return np.concatenate([table[name].to_numpy() for table in tables])[take]
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table[name]
+    return column.chunk(0) if column.num_chunks else column.combine_chunks()
 
 
-def _id_column(field: Field, tables: list[pa.Table], take: np.ndarray) -> IdColumn:
-    if not field.multi:
-        return IdColumn(_column(tables, field.name, take))
-    chunks = reduce(list.__add__, [table[field.name].chunks for table in tables], [])
-    lists = pa.concat_arrays(chunks).take(pa.array(take))
+def _taken(
+    table: pa.Table, name: str, take: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
+    # "clip" goes straight into the result; "raise" goes through a buffer
+    return _array(table, name).to_numpy().take(take, out=out, mode="clip")
+
+
+def _ids(schema: Schema, table: pa.Table, take: np.ndarray) -> tuple[IdColumn, ...]:
+    # one large array instead of many: its pages are cheaper to come by
+    values = np.empty((len(schema.ids), len(take)), np.int32)
+    return tuple(
+        _lists(field, table, take)
+        if field.multi
+        else IdColumn(_taken(table, field.name, take, out))
+        for field, out in zip(schema.ids, values, strict=True)
+    )
+
+
+def _lists(field: Field, table: pa.Table, take: np.ndarray) -> IdColumn:
+    lists = _array(table, field.name).take(pa.array(take))
     return IdColumn(lists.values.to_numpy(), lists.offsets.to_numpy())
 
 
-def _numbers(schema: Schema, tables: list[pa.Table], take: np.ndarray) -> np.ndarray:
-    if not schema.numbers:
-        return np.empty((len(take), 0), np.float32)
-    columns = [_column(tables, field.name, take) for field in schema.numbers]
-    return np.stack(columns, axis=1)
+def _numbers(schema: Schema, table: pa.Table, take: np.ndarray) -> np.ndarray:
+    numbers = np.empty((len(take), len(schema.numbers)), np.float32)
+    for place, number in enumerate(schema.numbers):
+        numbers[:, place] = _taken(table, number.name, take)
+    return numbers
 
 
 def encode_batch(schema: Schema, table: pa.Table, domain: np.ndarray) -> Batch:

@@ -4,15 +4,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_shards.errors import UserError, unknown
 from data_shards.schema import Schema, canonical
 from data_shards.splits import SplitConfig
+from data_shards.storage import Storage, open_storage
 from data_shards.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
 FILE = "index.json"
 
 
@@ -70,6 +74,11 @@ class Index:
         """Rows of the whole set."""
         return sum(block.rows for block in self.blocks)
 
+    @cached_property
+    def row_starts(self) -> np.ndarray:
+        """Place of each block's first row among the rows of the set."""
+        return np.cumsum([0, *(block.rows for block in self.blocks)])[:-1]
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything in the index, and so of every block's content."""
@@ -96,10 +105,11 @@ class Index:
         (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "Index":
-        """Read and check `index.json` and the sizes of its shards."""
-        path = folder / FILE
-        content = _read_json(path)
+    def load(cls, folder: Path | str) -> "Index":
+        """Read and check `index.json` and the sizes of its shards; `folder` may be a URL."""
+        storage = open_storage(folder)
+        path = f"{storage}/{FILE}"
+        content = _read_json(storage)
         if content.get("format") != FORMAT:
             raise UserError(
                 f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; "
@@ -107,7 +117,7 @@ class Index:
             )
         try:
             index = _from_content(content)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: not a valid index ({type(error).__name__}: {error}); "
                 "write the shards again"
@@ -117,18 +127,17 @@ class Index:
                 f"{path}: changed since it was written (its fingerprint or row total does not "
                 "match); restore it or write the shards again"
             )
-        _check_shards(folder, index.shards)
+        _check_shards(storage, index.shards)
         return index
 
-    def load_vocabulary(self, folder: Path) -> Vocabulary:
+    def load_vocabulary(self, folder: Path | str) -> Vocabulary:
         """The set's vocabulary, checked against the fingerprint."""
         info = self.vocabulary
-        vocabulary = Vocabulary.load(
-            folder / "vocabulary", self.schema, info.base_sizes, info.base_fingerprint
-        )
+        where = f"{folder}/vocabulary"
+        vocabulary = Vocabulary.load(where, self.schema, info.base_sizes, info.base_fingerprint)
         if vocabulary.fingerprint != info.fingerprint:
             raise UserError(
-                f"{folder / 'vocabulary'}: not the vocabulary that encoded these shards; "
+                f"{where}: not the vocabulary that encoded these shards; "
                 "restore it or write the shards again"
             )
         return vocabulary
@@ -168,12 +177,15 @@ class Index:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(storage: Storage) -> dict[str, Any]:
+    path = f"{storage}/{FILE}"
+    if not storage.exists(FILE):
+        raise UserError(f"{path}: no such file; `write-shards` makes a shard set")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; `write-shards` makes a shard set") from error
-    except ValueError as error:
+        content = json.loads(storage.read(FILE))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cut or corrupt JSON ({error}); write the shards again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a valid index (no JSON object); write the shards again")
@@ -201,13 +213,13 @@ def _block(row: list[Any]) -> Block:
     return Block(*row)
 
 
-def _check_shards(folder: Path, shards: Mapping[str, int]) -> None:
+def _check_shards(storage: Storage, shards: Mapping[str, int]) -> None:
     for name, size in shards.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; restore it or write the shards again")
-        if path.stat().st_size != size:
+        found = storage.size(name)
+        if found is None:
+            raise UserError(f"{storage}/{name}: missing; restore it or write the shards again")
+        if found != size:
             raise UserError(
-                f"{path}: {path.stat().st_size} bytes, the index says {size}; "
+                f"{storage}/{name}: {found} bytes, the index says {size}; "
                 "restore it or write the shards again"
             )

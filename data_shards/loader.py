@@ -1,194 +1,207 @@
-"""Batches of one rank, from any cursor, with the next window read ahead by one thread."""
+"""Batches of one rank, from any cursor, with the next window read ahead by threads."""
 
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from data_shards.batch import Batch, Columns, gather
+from data_shards.blocks import Blocks, Skipped, choose, require_one_schema
 from data_shards.errors import UserError
-from data_shards.index import Block, Index
+from data_shards.index import Index
+from data_shards.mixing import Pieces, domain_epoch, quotas
 from data_shards.order import EpochOrder, Schedule, Window, schedule
-from data_shards.reader import ShardReader
+from data_shards.reader import blank_row
+from data_shards.reading import Cursor, Reading, Rows
+from data_shards.storage import BlockCache
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+Tables = dict[int, pa.Table | None]
+"""Blocks by number; None: corrupt, and left out."""
+__all__ = ["Cursor", "Loader", "Reading", "Rows", "Skipped"]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rows: these splits, of these domains (None: of all)."""
+class _Stream:
+    """What an epoch reads of some domains, and in what order: blocks of `order` are `pieces`."""
 
-    splits: tuple[str, ...]
-    domains: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How rows are read. `domain_pure`: every global batch holds rows of one domain only."""
-
-    global_batch: int = 1024
-    lanes: int = 24
-    shuffle_rows: int = 262144
-    sampler: Literal["mixed", "domain_pure"] = "mixed"
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.global_batch, self.lanes, self.shuffle_rows) < 1:
-            raise UserError("reading: global_batch, lanes and shuffle_rows are 1 or more")
-        if self.seed < 0:
-            raise UserError(f"reading: seed is 0 or more, not {self.seed}")
-        if self.sampler not in ("mixed", "domain_pure"):
-            raise UserError(f"reading: sampler is mixed or domain_pure, not {self.sampler!r}")
-        if self.lanes > self.global_batch:
-            raise UserError(
-                f"reading: {self.lanes} lanes cannot share a global batch of "
-                f"{self.global_batch}; set lanes to at most {self.global_batch}"
-            )
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """The next step to read, and nothing else."""
-
-    epoch: int = 0
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class _Located:
-    """A block, the reader of its shard set, and the index of its domain."""
-
-    reader: ShardReader
-    block: Block
-    domain: int
+    pieces: Pieces
+    order: EpochOrder
 
 
 class Loader:
-    """Batches of rank `rank` of `world_size` over one or several shard sets of one schema."""
+    """Batches of rank `rank` of `world_size` over one or several shard sets of one schema.
+
+    `say` hears of each corrupt block that is left out, once.
+    """
 
     def __init__(
         self,
-        folder: Path | Sequence[Path],
+        folder: Path | str | Sequence[Path | str],
         rows: Rows,
         reading: Reading,
         rank: int,
         world_size: int,
         shuffle: bool = True,
+        say: Callable[[str], None] = _LOG.warning,
     ) -> None:
         _require_divisible(reading, world_size)
-        folders = [folder] if isinstance(folder, Path) else list(folder)
+        folders = [folder] if isinstance(folder, Path | str) else list(folder)
         self.indexes = tuple(Index.load(path) for path in folders)
-        _require_one_schema(folders, self.indexes)
+        require_one_schema(folders, self.indexes)
         self.schema = self.indexes[0].schema
         self.reading = reading
         self.shuffle = shuffle
         self._lanes = tuple((rank + i) * reading.lanes // world_size for i in (0, 1))
         self._share = reading.global_batch // world_size
-        chosen = _choose(folders, self.indexes, rows)
-        self.domains = tuple(sorted({block.domain for _, block in chosen}))
-        numbers = {name: number for number, name in enumerate(self.domains)}
-        located = [_Located(reader, block, numbers[block.domain]) for reader, block in chosen]
-        self.rows_by_domain = dict.fromkeys(self.domains, 0)
-        for item in located:
-            self.rows_by_domain[item.block.domain] += item.block.rows
-        self.total_rows = sum(self.rows_by_domain.values())
-        self._streams = [located]
-        if reading.sampler == "domain_pure":
-            self._streams = [[i for i in located if i.domain == d] for d in numbers.values()]
+        chosen = choose(folders, self.indexes, rows, _cache(reading))
+        self._blocks = Blocks(chosen, reading.corrupt, say)
+        self._blank = blank_row(self.schema)
+        self.domains = self._blocks.domains
+        counts = np.bincount(self._blocks.domain, self._blocks.rows).astype(np.int64).tolist()
+        self.rows_by_domain = dict(zip(self.domains, counts, strict=True))
+        self.total_rows = sum(counts)
 
     @property
     def extended(self) -> bool:
         """Whether some of the sets may hold ids that only an added domain has."""
         return any(index.vocabulary.base_fingerprint for index in self.indexes)
 
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Corrupt blocks that this rank has met and left out, in the order of the sets."""
+        return self._blocks.skipped
+
     def steps(self, epoch: int = 0) -> int:
         """Steps of an epoch, the same in every epoch and on every rank."""
-        return sum(order.steps for order in self._orders(epoch))
+        return sum(stream.order.steps for stream in self._streams(epoch))
 
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
-        """Batches from `cursor.step` to the end of the cursor's epoch."""
-        orders = self._orders(cursor.epoch)
-        plan = schedule([o.steps for o in orders], self.reading.seed, cursor.epoch, self.shuffle)
-        steps = range(cursor.step, len(plan.order))
-        windows = _read_ahead(self._windows(orders, plan, steps))
+        """Batches from `cursor.step` to the end of the cursor's epoch.
+
+        Rows of a skipped block are padding yet count in `Batch.rows`: ranks know the index, but
+        not each other's corrupt blocks. The loss is smaller by their share of the batch.
+        """
+        streams = self._streams(cursor.epoch)
+        steps = [stream.order.steps for stream in streams]
+        plan = schedule(steps, self.reading.seed, cursor.epoch, self.shuffle)
+        todo = range(cursor.step, len(plan.order))
         current: dict[int, tuple[Window, Columns]] = {}
-        try:
-            for step in steps:
+        with (
+            ThreadPoolExecutor(self.reading.threads, "read-ahead-block") as pool,
+            closing(_read_ahead(self._windows(streams, plan, todo, pool))) as read,
+            closing(_read_ahead(self._gather(*parts) for parts in read)) as windows,
+        ):
+            for step in todo:
                 number, own = int(plan.order[step]), int(plan.step[step])
                 if number not in current or own >= _end(current[number][0]):
                     current[number] = next(windows)
                 window, columns = current[number]
                 start = (own - window.first_step) * self._share
-                yield columns.batch(start, start + self._share, orders[number].rows_in_step(own))
-        finally:
-            windows.close()
+                rows = streams[number].order.rows_in_step(own)
+                yield columns.batch(start, start + self._share, rows)
 
-    def _orders(self, epoch: int) -> list[EpochOrder]:
-        reading = self.reading
+    def _streams(self, epoch: int) -> list[_Stream]:
+        pieces = self._pieces(epoch)
+        if self.reading.sampler == "mixed":
+            pieces = [Pieces.joined(pieces)]
         return [
-            EpochOrder(
-                block_rows=np.array([item.block.rows for item in stream]),
-                seed=reading.seed,
-                epoch=epoch,
-                global_batch=reading.global_batch,
-                lanes=reading.lanes,
-                # the windows of all streams are held at once
-                shuffle_rows=reading.shuffle_rows // len(self._streams),
-                shuffle=self.shuffle,
-                stream=number,
-            )
-            for number, stream in enumerate(self._streams)
+            _Stream(part, self._order(part, epoch, number, len(pieces)))
+            for number, part in enumerate(pieces)
         ]
 
+    def _pieces(self, epoch: int) -> list[Pieces]:
+        """What the epoch reads of each domain."""
+        blocks, reading = self._blocks, self.reading
+        by_domain = np.argsort(blocks.domain, kind="stable")
+        own = np.split(by_domain, np.cumsum(np.bincount(blocks.domain))[:-1])
+        whole = [Pieces.whole(numbers, blocks.rows[numbers]) for numbers in own]
+        if reading.mix == "proportional" or not self.shuffle:
+            return whole
+        quota = quotas(list(self.rows_by_domain.values()), reading.temperature)
+        return [
+            domain_epoch(name, pieces, rows, reading.seed, epoch)
+            for name, pieces, rows in zip(self.domains, whole, quota, strict=True)
+        ]
+
+    def _order(self, pieces: Pieces, epoch: int, number: int, streams: int) -> EpochOrder:
+        return EpochOrder(
+            block_rows=pieces.rows,
+            seed=self.reading.seed,
+            epoch=epoch,
+            global_batch=self.reading.global_batch,
+            lanes=self.reading.lanes,
+            # the windows of all streams are held at once
+            shuffle_rows=self.reading.shuffle_rows // streams,
+            shuffle=self.shuffle,
+            stream=number,
+        )
+
     def _windows(
-        self, orders: list[EpochOrder], plan: Schedule, steps: range
-    ) -> Iterator[tuple[Window, Columns]]:
+        self, streams: list[_Stream], plan: Schedule, steps: range, pool: Executor
+    ) -> Iterator[tuple[_Stream, Window, Tables]]:
         """The windows that the steps need, in the order in which they first need them."""
-        ends = [0] * len(orders)
-        kept: list[dict[int, pa.Table]] = [{} for _ in orders]
+        ends = [0] * len(streams)
+        kept: list[Tables] = [{} for _ in streams]
         for step in steps:
             number, own = int(plan.order[step]), int(plan.step[step])
             if own < ends[number]:
                 continue
-            order = orders[number]
+            order = streams[number].order
             window = order.window(own // order.window_steps, *self._lanes)
-            stream = self._streams[number]
-            kept[number], columns = self._assemble(stream, window, kept[number])
+            needed = streams[number].pieces.block[window.blocks] if window.real.any() else []
+            # blocks that the next window may need again
+            kept[number] = self._read(needed, kept[number], pool)
             ends[number] = _end(window)
-            yield window, columns
+            yield streams[number], window, kept[number]
 
-    def _assemble(
-        self, stream: list[_Located], window: Window, before: dict[int, pa.Table]
-    ) -> tuple[dict[int, pa.Table], Columns]:
-        """(blocks that the next window may need again, rows in order)."""
-        needed, position = np.unique(window.block, return_inverse=True)
-        tables = {
-            int(b): before[b] if b in before else stream[b].reader.read(stream[b].block)
-            for b in needed
-        }
-        lengths = [len(table) for table in tables.values()]
-        starts = np.cumsum([0, *lengths[:-1]])
-        domain = np.array([stream[b].domain for b in needed], np.int64)
-        take = starts[position] + window.row
-        columns = gather(self.schema, list(tables.values()), take, domain[position], window.real)
-        return tables, columns
+    def _read(self, numbers: Sequence[int] | np.ndarray, before: Tables, pool: Executor) -> Tables:
+        """The blocks of these numbers, in their order."""
+        needed = sorted({int(number) for number in numbers})
+        missing = [number for number in needed if number not in before]
+        found = before | dict(zip(missing, self._blocks.read(missing, pool), strict=True))
+        return {number: found[number] for number in needed}
+
+    def _gather(self, stream: _Stream, window: Window, tables: Tables) -> tuple[Window, Columns]:
+        """The rows of a window; where there is none, or its block was left out, a blank one."""
+        pieces, blocks = stream.pieces, window.blocks
+        numbers, first = pieces.block[blocks], pieces.first[blocks]
+        good = {number: table for number, table in tables.items() if table is not None}
+        ends = np.cumsum([0, *(len(table) for table in good.values())])
+        starts = dict(zip(good, ends, strict=False))
+        lost = np.array([number not in good for number in numbers])
+        offset = np.array([starts.get(number, 0) for number in numbers]) + first
+        take = offset[window.which] + window.row
+        domain = self._blocks.domain[numbers][window.which]
+        real = window.real & ~lost[window.which] if lost.any() else window.real
+        take[~real], domain[~real] = ends[-1], 0  # the blank row is the last
+        # sidecar columns would be gathered here, by (numbers[window.which], first + window.row)
+        found = [*good.values(), self._blank]
+        return window, gather(self.schema, found, take, domain, real)
 
 
 def _end(window: Window) -> int:
     return window.first_step + window.steps
 
 
-def _read_ahead(
-    items: Iterator[tuple[Window, Columns]],
-) -> Generator[tuple[Window, Columns]]:
+def _read_ahead(items: Iterator[T]) -> Generator[T]:
     """The same items, the next one made by a thread; closing waits for the thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         ahead = pool.submit(next, items, None)
         while (item := ahead.result()) is not None:
             ahead = pool.submit(next, items, None)
             yield item
+
+
+def _cache(reading: Reading) -> BlockCache | None:
+    return BlockCache(Path(reading.cache_dir), reading.cache_bytes) if reading.cache_dir else None
 
 
 def _require_divisible(reading: Reading, world_size: int) -> None:
@@ -199,36 +212,3 @@ def _require_divisible(reading: Reading, world_size: int) -> None:
                 f"{what} {count} is not divisible by {world_size} ranks; "
                 f"set it to {f'{below} or ' if below else ''}{above}, or change the ranks"
             )
-
-
-def _require_one_schema(folders: list[Path], indexes: tuple[Index, ...]) -> None:
-    if not indexes:
-        raise UserError("no shard set is given; name one folder at least")
-    for folder, index in zip(folders[1:], indexes[1:], strict=True):
-        index.require_schema(indexes[0].schema)
-        if index.vocabulary.trunk != indexes[0].vocabulary.trunk:
-            raise UserError(
-                f"{folder}: its ids are not those of {folders[0]} (another vocabulary); "
-                "write it with the base vocabulary of the first"
-            )
-
-
-def _choose(
-    folders: list[Path], indexes: tuple[Index, ...], rows: Rows
-) -> list[tuple[ShardReader, Block]]:
-    """The blocks of all sets; with several sets a domain may be in some of them only."""
-    everywhere = {domain for index in indexes for domain in index.domains}
-    chosen = []
-    for folder, index in zip(folders, indexes, strict=True):
-        reader = ShardReader(folder, index)
-        domains = rows.domains
-        if domains is not None:
-            domains = tuple(d for d in domains if d in index.domains or d not in everywhere)
-        chosen += [(reader, block) for block in index.select(rows.splits, domains)]
-    if not chosen:
-        raise UserError(
-            f"no rows in the splits {', '.join(rows.splits) or 'none'}"
-            f" of the domains {'all' if rows.domains is None else ', '.join(rows.domains)}; "
-            "choose others (`inspect` lists the rows of each)"
-        )
-    return chosen

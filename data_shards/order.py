@@ -15,17 +15,30 @@ import numpy as np
 
 # Tags keep the random streams apart: seeds are padded with zeros, so [1, 0] equals [1, 0, 0].
 _BLOCKS, _ROWS, _STEPS = 1, 2, 3
+# A place is one number, so that it is permuted in one go: a block above these bits, a row in them.
+_ROW = 32
+_ROW_MASK = (1 << _ROW) - 1
 
 
 @dataclass(frozen=True)
 class Window:
-    """Places of some steps, `rows_per_step` each, step after step; not `real` is padding."""
+    """Places of some steps, `rows_per_step` each, step after step; not `real` is padding.
+
+    `blocks` are those that the window touches, one may stand there twice; `which` of them and which
+    `row` of it are per place.
+    """
 
     first_step: int
     steps: int
-    block: np.ndarray
+    blocks: np.ndarray
+    which: np.ndarray
     row: np.ndarray
     real: np.ndarray
+
+    @property
+    def block(self) -> np.ndarray:
+        """The block of each place."""
+        return self.blocks[self.which]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +77,38 @@ class EpochOrder:
         """The places of window `number` that the lanes [lane_start, lane_stop) fill."""
         first = number * self.window_steps
         steps = min(self.window_steps, self.steps - first)
-        lanes = [self._lane(lane, number, steps) for lane in range(lane_start, lane_stop)]
+        blocks, lanes = [], []
+        for lane in range(lane_start, lane_stop):
+            own, places = self._lane(lane, number, steps, len(blocks))
+            blocks += own
+            lanes.append(places)
         place = np.concatenate(lanes, axis=1).reshape(-1)
         real = place >= 0
-        which = np.searchsorted(self._starts, place, side="right") - 1
-        block = np.where(real, self._blocks[which], 0).astype(np.int32)
-        row = np.where(real, place - self._starts[which], 0).astype(np.int32)
-        return Window(first, steps, block, row, real)
+        place[~real] = 0
+        return Window(first, steps, np.array(blocks or [0]), place >> _ROW, place & _ROW_MASK, real)
 
-    def _lane(self, lane: int, number: int, steps: int) -> np.ndarray:
-        """Places [steps, share] in the virtual sequence, -1 for padding."""
+    def _lane(self, lane: int, number: int, steps: int, seen: int) -> tuple[list[int], np.ndarray]:
+        """(blocks, places [steps, share]): a place is (seen + which block) << _ROW | row, or -1."""
         start, stop = (place * self.global_batch // self.lanes for place in (lane, lane + 1))
         share = stop - start
         begin, end = (self.rows * place // self.global_batch for place in (start, stop))
         begin += number * self.window_steps * share
-        rows = np.arange(begin, min(begin + steps * share, end))
+        blocks, rows = self._stretch(begin, min(begin + steps * share, end), seen)
         if self.shuffle:
             rows = self._rng(_ROWS, lane, number).permutation(rows)
         places = np.full(steps * share, -1, np.int64)
         places[: len(rows)] = rows
-        return places.reshape(steps, share)
+        return blocks, places.reshape(steps, share)
+
+    def _stretch(self, begin: int, end: int, seen: int) -> tuple[list[int], np.ndarray]:
+        """(blocks, places) of the neighbours [begin, end) in the virtual sequence."""
+        if begin >= end:
+            return [], np.empty(0, np.int64)
+        low, high = np.searchsorted(self._starts, (begin, end - 1), side="right")
+        starts = self._starts[low - 1 : high]
+        counts = np.diff([begin, *starts[1:], end])
+        first = (np.arange(seen, seen + len(starts)) << _ROW) - starts
+        return self._blocks[low - 1 : high].tolist(), np.arange(begin, end) + first.repeat(counts)
 
     def _rng(self, *tags: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, self.stream, *tags])
@@ -95,7 +120,8 @@ class EpochOrder:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *self.block_rows[self._blocks][:-1]])
+        rows = self.block_rows[self._blocks]
+        return np.cumsum(rows) - rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from data_shards.errors import UserError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-ROW_COLUMNS = ("row_id", "label", "time", "weight")
+ROW_COLUMNS = ("row_id", "label", "time", "weight", "probability")
+KINDS = ("id", "anonymous", "number", "text", "tokens")
 
 
 def canonical(value: object) -> bytes:
@@ -23,7 +24,7 @@ class Field:
     """One column of a row. Row 0 of an id's table is for values unseen, rare or missing."""
 
     name: str
-    kind: Literal["id", "anonymous", "number", "text"]
+    kind: Literal["id", "anonymous", "number", "text", "tokens"]
     side: Literal["user", "item", "context"] = "context"
     multi: bool = False
     vocabulary: Literal["frequency", "hash"] = "frequency"
@@ -36,8 +37,8 @@ class Field:
             raise UserError(
                 f"{where}: a name is letters, digits and _, and none of {', '.join(ROW_COLUMNS)}"
             )
-        if self.kind not in ("id", "anonymous", "number", "text"):
-            raise UserError(f"{where}: kind is id, anonymous, number or text, not {self.kind!r}")
+        if self.kind not in KINDS:
+            raise UserError(f"{where}: kind is one of {', '.join(KINDS)}, not {self.kind!r}")
         if self.vocabulary == "hash" and self.buckets < 1:
             raise UserError(f"{where}: vocabulary = 'hash' needs buckets of 1 or more")
         if self.vocabulary == "frequency" and self.buckets:
@@ -81,6 +82,11 @@ class Schema:
     def texts(self) -> tuple[Field, ...]:
         """Text fields: kept in the shards as strings."""
         return tuple(field for field in self.fields if field.kind == "text")
+
+    @property
+    def tokens(self) -> tuple[Field, ...]:
+        """Fields of token ids, which the source brings as numbers."""
+        return tuple(field for field in self.fields if field.kind == "tokens")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for JSON."""

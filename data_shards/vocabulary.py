@@ -1,4 +1,4 @@
-"""Raw values to table rows, with Arrow's hash tables: never a Python loop over rows.
+"""Raw values to table rows, whole columns at a time: never a Python loop over rows.
 
 Row 0 is for values unseen, rare or missing. A frequency field's known values are rows 1..n, most
 frequent first. A vocabulary extended from a base keeps every row of the base and appends, so
@@ -10,16 +10,17 @@ frequent first. A vocabulary extended from a base keeps every row of the base an
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from data_shards.errors import UserError
+from data_shards.hashing import StringTable, xxh64
 from data_shards.schema import Field, Schema
+from data_shards.storage import LocalStorage, Storage, open_storage
 
 Counts = Mapping[str, pa.Table]
 """Per frequency field a table (value string, count int64), values unique."""
@@ -32,18 +33,74 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return array.flatten() if pa.types.is_list(array.type) else array
 
 
-def count_values(schema: Schema, table: pa.Table, counts: Counts | None = None) -> Counts:
-    """`counts` (or none) with the values of one raw table added."""
-    frequency = [field.name for field in schema.ids if field.vocabulary == "frequency"]
-    before = counts or dict.fromkeys(frequency, _NO_COUNTS)
-    return {name: _merge(before[name], _flat(table[name])) for name in frequency}
+class ValueCounter:
+    """How often each value of each frequency field occurs in the tables added."""
+
+    def __init__(self, schema: Schema) -> None:
+        names = [field.name for field in schema.ids if field.vocabulary == "frequency"]
+        self._merged: dict[str, pa.Table] = dict.fromkeys(names, _NO_COUNTS)
+        self._new: dict[str, list[pa.Table]] = {name: [] for name in names}
+        self._waiting = dict.fromkeys(names, 0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are counted."""
+        return tuple(self._new)
+
+    def add(self, table: pa.Table) -> None:
+        """The values of one raw table."""
+        for name in self._new:
+            new = pc.value_counts(_flat(table[name]).drop_null())
+            counts = {"value": new.field("values"), "count": new.field("counts")}
+            self.add_counts(name, pa.table(counts))
+
+    def add_counts(self, name: str, counts: pa.Table) -> None:
+        """What was counted elsewhere."""
+        self._new[name].append(counts)
+        self._waiting[name] += len(counts)
+        # as many new as old: so each value is merged a few times, however many tables come
+        if self._waiting[name] > max(len(self._merged[name]), 1 << 16):
+            self._merge(name)
+
+    def counts(self) -> Counts:
+        """All counts so far."""
+        for name in self._new:
+            self._merge(name)
+        return self._merged
+
+    def _merge(self, name: str) -> None:
+        if self._new[name]:
+            both = pa.concat_tables([self._merged[name], *self._new[name]])
+            total = both.group_by("value").aggregate([("count", "sum")])
+            self._merged[name] = total.rename_columns({"count_sum": "count"})
+            self._new[name], self._waiting[name] = [], 0
 
 
-def _merge(before: pa.Table, values: pa.Array) -> pa.Table:
-    new = pc.value_counts(values.drop_null())
-    added = pa.table({"value": new.field("values"), "count": new.field("counts")})
-    total = pa.concat_tables([before, added]).group_by("value").aggregate([("count", "sum")])
-    return total.rename_columns({"count_sum": "count"})
+def count_values(schema: Schema, *tables: pa.Table) -> Counts:
+    """The values of raw tables."""
+    counter = ValueCounter(schema)
+    for table in tables:
+        counter.add(table)
+    return counter.counts()
+
+
+def save_counts(counts: Counts, folder: Path) -> None:
+    """One Arrow IPC file per field, in place of what a killed writer left."""
+    folder.mkdir(exist_ok=True)
+    for name, table in counts.items():
+        with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink:
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+
+
+def load_counts(schema: Schema, folders: Iterable[Path]) -> Counts:
+    """The sum of saved counts."""
+    counter = ValueCounter(schema)
+    for folder in folders:
+        for name in counter.names:
+            with pa.OSFile(str(folder / f"{name}.arrow"), "rb") as file:
+                counter.add_counts(name, pa.ipc.open_file(file).read_all())
+    return counter.counts()
 
 
 def _ranked(counts: pa.Table, min_count: int) -> pa.Array:
@@ -60,6 +117,7 @@ class Vocabulary:
     ) -> None:
         self.schema = schema
         self.values = dict(values)
+        self._tables: dict[str, StringTable] = {}
         self.base_sizes = base.sizes if base else self.sizes
         self.base_fingerprint = base.fingerprint if base else None
 
@@ -140,6 +198,8 @@ class Vocabulary:
     def _column(self, field: Field, column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         if field.kind == "number":
             return _numbers(field.name, column)
+        if field.kind == "tokens":
+            return column.cast(pa.list_(pa.int32()))
         if not field.is_id:
             return column
         if not field.multi:
@@ -153,8 +213,9 @@ class Vocabulary:
     def _ids(self, field: Field, values: pa.Array) -> pa.Array:
         if field.vocabulary == "hash":
             return _hashed(field, values)
-        found = pc.index_in(values, value_set=self.values[field.name], skip_nulls=True)
-        return pc.add(pc.fill_null(found, -1), pa.scalar(1, pa.int32()))
+        if field.name not in self._tables:
+            self._tables[field.name] = StringTable(self.values[field.name])
+        return pa.array(self._tables[field.name].find(values) + np.int32(1))
 
     def save(self, folder: Path) -> None:
         """One Arrow IPC file `<field>.arrow` per frequency field."""
@@ -168,25 +229,37 @@ class Vocabulary:
     @classmethod
     def load(
         cls,
-        folder: Path,
+        folder: Path | str,
         schema: Schema,
-        base_sizes: Mapping[str, int],
+        base_sizes: Mapping[str, int] | None,
         base_fingerprint: str | None,
     ) -> "Vocabulary":
-        """The inverse of `save`; a file that is missing or cut is a UserError."""
+        """The inverse of `save`; a file that is missing or cut is a UserError.
+
+        `base_sizes` and `base_fingerprint` are None where nothing was extended.
+        """
         frequency = [field.name for field in schema.ids if field.vocabulary == "frequency"]
-        loaded = cls(schema, {name: _load(folder / f"{name}.arrow") for name in frequency})
-        loaded.base_sizes = dict(base_sizes)
+        loaded = cls(
+            schema, {name: _load(open_storage(folder), f"{name}.arrow") for name in frequency}
+        )
+        if base_sizes is not None:
+            loaded.base_sizes = dict(base_sizes)
         loaded.base_fingerprint = base_fingerprint
         return loaded
 
 
-def _load(path: Path) -> pa.Array:
+def _load(storage: Storage, name: str) -> pa.Array:
     try:
-        with pa.OSFile(str(path), "rb") as file:
+        if isinstance(storage, LocalStorage):
+            file = pa.memory_map(str(storage.folder / name))
+        else:
+            file = pa.BufferReader(storage.read(name))
+        with file:
             return pa.ipc.open_file(file).read_all()["value"].combine_chunks()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a readable vocabulary; write the shards again") from error
+        raise UserError(
+            f"{storage}/{name}: not a readable vocabulary; write the shards again"
+        ) from error
 
 
 def _digest(digest: "hashlib._Hash", values: pa.Array) -> None:
@@ -205,9 +278,9 @@ def _numbers(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _hashed(field: Field, values: pa.Array) -> pa.Array:
-    """1 + hash % buckets, hashed once per distinct value."""
-    seed = zlib.crc32(field.name.encode())
-    encoded = values.dictionary_encode()
-    distinct = encoded.dictionary.cast(pa.binary()).to_pylist()
-    rows = [1 + xxhash.xxh64_intdigest(value, seed) % field.buckets for value in distinct]
-    return pc.fill_null(pa.array(rows, pa.int32()).take(encoded.indices), 0)
+    """1 + hash % buckets; 0 for null."""
+    hashes = xxh64(values, zlib.crc32(field.name.encode())) % np.uint64(field.buckets)
+    rows = (hashes + np.uint64(1)).astype(np.int32)
+    if values.null_count:
+        rows[~values.is_valid().to_numpy(zero_copy_only=False)] = 0
+    return pa.array(rows)

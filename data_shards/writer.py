@@ -1,36 +1,54 @@
-"""Rows to tar shards of columnar blocks, with the index last and the whole set renamed into place.
+"""Rows to a shard set: by any number of processes, on any number of machines, with one result.
 
-A block holds rows of one domain and one split, so that choosing blocks chooses rows. Three passes
-over the source: labels and times (17 bytes a row are kept) decide the splits, training rows the
-vocabulary, and the third pass writes; buffers hold at most a block per domain and split.
+The source is cut into pieces that depend on it alone. Each stage (`rows` for the split, `values`
+for the vocabulary, `blocks`) goes over all pieces, and is left out where nothing needs counting;
+what it finds is joined before the next one starts. Everything lies in a folder beside the set until
+the set is whole, so a writer that was killed goes on where it was. A block holds rows of one domain
+and one split, so that choosing blocks chooses rows.
 """
 
-# Arrow makes its compute functions when it is imported, where no type checker sees them.
-# pyright: reportAttributeAccessIssue=false
-
-import hashlib
-import io
+import json
 import os
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import reduce
+import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import Any
 
 from data_shards.errors import UserError, unknown
 from data_shards.index import Block, Index, VocabularyInfo
+from data_shards.pieces import (
+    COUNTS,
+    Job,
+    count_piece,
+    read_table,
+    values_piece,
+    write_piece,
+    write_table,
+)
+from data_shards.processes import SAY_EVERY, Progress, Stage, do_pieces
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
-from data_shards.splits import SplitConfig, assign
-from data_shards.vocabulary import Vocabulary, count_values
+from data_shards.splits import SplitConfig, joined
+from data_shards.tar_writer import flush
+from data_shards.vocabulary import Vocabulary, load_counts
+from data_shards.work_folder import work_folder
 
-Progress = Callable[[str], None]
-_HEADER = 512
+
+@dataclass(frozen=True)
+class Part:
+    """One machine's share of the pieces: every `of`th from `number` on."""
+
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise UserError(f"part {self.number}/{self.of}: the first is 0 and the last of - 1")
+
+
+WHOLE = Part()
 
 
 def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
@@ -44,213 +62,169 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
     only_domains: tuple[str, ...] = (),
     hold_out: tuple[str, ...] = (),
     base: Vocabulary | None = None,
+    jobs: int = 1,
+    part: Part = WHOLE,
     progress: Progress = lambda _: None,
 ) -> Index:
-    """Write a shard set into the new folder `out`; nothing is left behind on an error.
+    """Write a shard set into the new folder `out`, with `jobs` processes.
 
     `hold_out` domains are left out and count in no vocabulary; with `only_domains` all others
-    are. With `base` ids extend the vocabulary of the trunk.
+    are. With `base` ids extend the vocabulary of the trunk. Of several parts, which all start
+    with the same choices on a common file system, the first joins the set; the others wait for it.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; give another path or delete it")
     if base is not None and base.schema != schema:
         field = base.schema.first_difference(schema)
         raise UserError(f"the base vocabulary is of another schema: field {field!r} differs")
-    rows = _Rows(source, split, only_domains, hold_out)
-    progress(f"{rows.kept:,} rows of {len(rows.domains)} domains")
-    vocabulary = _vocabulary(rows, schema, base)
-    progress("vocabulary: " + ", ".join(f"{k} {v:,}" for k, v in vocabulary.sizes.items()))
-    with _new_folder(out) as folder:
-        vocabulary.save(folder / "vocabulary")
-        tar = _ShardWriter(folder, shard_bytes)
-        for group, table in _blocks(rows, vocabulary, block_rows):
-            domain, part = divmod(group, len(split.names))
-            tar.add(rows.domains, domain, split.names[part], table)
-        tar.close()
-        index = Index(
-            schema=schema,
-            domains=rows.domains,
-            blocks=tuple(tar.blocks),
-            shards=tar.shards,
-            vocabulary=VocabularyInfo.of(vocabulary),
-            source=source.config.describe(),
-            split=split,
-            dropped=source.dropped() | rows.dropped,
-        )
-        index.save(folder)
-    progress(f"{index.rows:,} rows in {len(index.blocks):,} blocks, {len(index.shards)} shards")
-    return index
+    job = Job(
+        source=source,
+        schema=schema,
+        split=split,
+        folder=out.with_name(f".{out.name}.writing"),
+        block_rows=block_rows,
+        shard_bytes=shard_bytes,
+        only=only_domains,
+        hold_out=hold_out,
+        base_sizes=base.sizes if base else None,
+        base_fingerprint=base.fingerprint if base else None,
+    )
+    with work_folder(job, out, part.number, part.of):
+        return _Writing(job, base, jobs, part, progress).write(out)
 
 
-class _Rows:
-    """The rows that are kept, each with its group: domain number * parts + part."""
+class _Writing:
+    """The stages, as one part of the writers goes through them."""
 
     def __init__(
-        self, source: Source, split: SplitConfig, only: tuple[str, ...], hold_out: tuple[str, ...]
+        self, job: Job, base: Vocabulary | None, jobs: int, part: Part, progress: Progress
     ) -> None:
-        self.source = source
-        self.split = split
-        names, code, label, time = _first_pass(source)
-        for name in (*only, *hold_out):
-            if name not in names:
-                raise unknown("domain", name, names)
-        kept = [n for n in sorted(names) if n not in hold_out and (not only or n in only)]
-        if not kept:
+        self.job, self.base, self.jobs, self.part, self.say = job, base, jobs, part, progress
+        self.pieces = range(len(job.source.pieces()))
+        self.mine = self.pieces[part.number :: part.of]
+        self.total: int | None = None
+
+    def write(self, out: Path) -> Index:
+        """All stages, and in the first part the index and the set's name."""
+        job = self.job
+        if not self.pieces:
+            raise UserError("the source has no rows")
+        if job.split.counted:
+            self._stage("rows", count_piece)
+            counted = [read_table(job.folder / f"rows-{piece:05d}.arrow") for piece in self.pieces]
+            write_table(job.folder / COUNTS, joined(job.split, counted))
+        self._save_vocabulary()
+        self._stage("blocks", write_piece, everyone=self.part.number == 0)
+        if self.part.number:
+            self.say(f"part {self.part.number} of {self.part.of} is done; part 0 joins the set")
+            return self._await_set(out)
+        index = self._index()
+        index.save(job.folder)
+        _finish(job.folder, out)
+        blocks, shards = len(index.blocks), len(index.shards)
+        self.say(f"{index.rows:,} rows in {blocks:,} blocks, {shards} shards")
+        return index
+
+    def _save_vocabulary(self) -> None:
+        job = self.job
+        counts = {}
+        if any(field.vocabulary == "frequency" for field in job.schema.ids):
+            self._stage("values", values_piece)
+            folders = (job.folder / f"values-{piece:05d}" for piece in self.pieces)
+            counts = load_counts(job.schema, folders)
+        fresh = self.base.extend(counts) if self.base else Vocabulary.build(job.schema, counts)
+        beside = job.folder / f".vocabulary.{os.getpid()}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        fresh.save(beside)
+        try:
+            beside.rename(job.folder / "vocabulary")
+        except OSError:  # another part was first, or this one before it was killed: the same bytes
+            shutil.rmtree(beside)
+        self.say("vocabulary: " + ", ".join(f"{k} {v:,}" for k, v in fresh.sizes.items()))
+
+    def _stage(self, name: str, act: Stage, everyone: bool = True) -> None:
+        """Do this part's pieces, then wait for those of the others (if `everyone` is needed)."""
+        todo = [piece for piece in self.mine if not self.job.result(name, piece).exists()]
+        if len(todo) < len(self.mine):
+            self.say(f"{name}: {len(self.mine) - len(todo)} pieces are there already")
+        do_pieces(name, act, self.job, todo, self.jobs, self._expected(len(todo)), self.say)
+        if everyone:
+            self._await_others(name)
+            self._check_domains(name)
+
+    def _expected(self, todo: int) -> int | None:
+        """Rows that the stage will read here, once a stage has counted them."""
+        return self.total and self.total * todo // len(self.pieces)
+
+    def _await_others(self, name: str) -> None:
+        said = 0.0
+        while missing := [p for p in self.pieces if not self.job.result(name, p).exists()]:
+            self._check_others()
+            if time.monotonic() - said > 6 * SAY_EVERY:
+                said = time.monotonic()
+                parts = sorted({piece % self.part.of for piece in missing})
+                self.say(
+                    f"{name}: waiting for {len(missing)} pieces of the parts "
+                    f"{', '.join(map(str, parts))} of {self.part.of}"
+                )
+            time.sleep(0.2)
+
+    def _await_set(self, out: Path) -> Index:
+        while not out.exists():
+            self._check_others()
+            time.sleep(0.2)
+        return Index.load(out)
+
+    def _check_others(self) -> None:
+        for failure in sorted(self.job.folder.glob("failed-*")):
+            raise UserError(f"another part stopped: {failure.read_text(encoding='utf-8')}")
+
+    def _check_domains(self, stage: str) -> None:
+        found = self._sum(stage, "domains")
+        self.total = sum(found.values())
+        if not found:
+            raise UserError("the source has no rows")
+        for name in (*self.job.only, *self.job.hold_out):
+            if name not in found:
+                raise unknown("domain", name, found)
+        if not any(self.job.keeps(name) for name in found):
             raise UserError("no domain is left to write; hold out fewer")
-        self.domains = tuple(kept)
-        self.group = np.full(len(code), -1, np.int32)
-        order = np.argsort(code, kind="stable")
-        ends = np.cumsum(np.bincount(code))
-        for number, name in enumerate(kept):
-            place = names[name]
-            rows = order[ends[place - 1] if place else 0 : ends[place]]
-            part = assign(split, name, label[rows], time[rows])
-            self.group[rows] = number * len(split.names) + part
-        self.kept = int((self.group >= 0).sum())
-        left_out = len(code) - self.kept
-        self.dropped = {"other_domains": left_out} if left_out else {}
 
-    def tables(self) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """(raw rows, their groups), without the rows that are left out."""
-        start = 0
-        for table in self.source.tables():
-            group = self.group[start : start + len(table)]
-            start += len(table)
-            yield table.filter(pa.array(group >= 0)), group[group >= 0]
+    def _sum(self, stage: str, what: str) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for piece in self.pieces:
+            total.update(_result(self.job, stage, piece)[what])
+        return total
 
-
-def _first_pass(source: Source) -> tuple[dict[str, int], np.ndarray, np.ndarray, np.ndarray]:
-    """Number of each domain name, and per row the number of its domain, label and time."""
-    names: dict[str, int] = {}
-    code, label, time = [], [], []
-    for table in source.tables():
-        domains = table["domain"].combine_chunks().dictionary_encode()
-        numbers = [names.setdefault(n, len(names)) for n in domains.dictionary.to_pylist()]
-        code.append(np.array(numbers, np.int32)[domains.indices.to_numpy()])
-        label.append(table["label"].to_numpy() > 0.5)
-        time.append(table["time"].to_numpy())
-    if not names:
-        raise UserError("the source has no rows")
-    return names, np.concatenate(code), np.concatenate(label), np.concatenate(time)
-
-
-def _vocabulary(rows: _Rows, schema: Schema, base: Vocabulary | None) -> Vocabulary:
-    parts = rows.split.names
-    training = [parts.index(name) for name in rows.split.vocabulary_parts]
-    tables = (
-        table.filter(pa.array(np.isin(group % len(parts), training)))
-        for table, group in rows.tables()
-    )
-    counts = reduce(lambda before, table: count_values(schema, table, before), tables, None)
-    assert counts is not None
-    return base.extend(counts) if base else Vocabulary.build(schema, counts)
-
-
-def _blocks(rows: _Rows, vocabulary: Vocabulary, block_rows: int) -> Iterator[tuple[int, pa.Table]]:
-    """(group, encoded rows) of at most `block_rows`, each group in the order of the source."""
-    columns = ["row_id", "label", "time", *(f.name for f in vocabulary.schema.fields)]
-    buffers: dict[int, pa.Table] = {}
-    for table, group in rows.tables():
-        encoded = vocabulary.encode(table).select(columns)
-        for number, part in _by_group(encoded, group):
-            buffer = pa.concat_tables([buffers[number], part]) if number in buffers else part
-            full = len(buffer) - len(buffer) % block_rows
-            for start in range(0, full, block_rows):
-                yield number, buffer.slice(start, block_rows)
-            # `take` copies, so that the rest does not keep the whole encoded table alive
-            buffers[number] = buffer.take(np.arange(full, len(buffer)))
-    for number in sorted(buffers):
-        if len(buffers[number]):
-            yield number, buffers[number]
-
-
-def _by_group(table: pa.Table, group: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
-    order = np.argsort(group, kind="stable")
-    table, group = table.take(order), group[order]
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(group)], strict=True):
-        yield int(group[start]), table.slice(start, stop - start)
-
-
-class _ShardWriter:
-    """Appends blocks to tar shards of about `shard_bytes` and remembers where each lies."""
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.blocks: list[Block] = []
-        self.shards: dict[str, int] = {}
-        self._tar: tarfile.TarFile | None = None
-        self._name = ""
-
-    def add(self, domains: tuple[str, ...], domain: int, split: str, table: pa.Table) -> None:
-        """Append one block."""
-        data = _ipc(table)
-        # one dot only: WebDataset takes what follows the first dot for the extension
-        member = f"{split}-{domain:05d}-{len(self.blocks):08d}.arrow"
-        tar = self._open_for(len(data))
-        block = Block(
-            shard=self._name,
-            member=member,
-            offset=tar.offset + _HEADER,
-            bytes=len(data),
-            rows=len(table),
-            positives=int(pc.sum(table["label"]).as_py()),
-            domain=domains[domain],
-            split=split,
-            sha256=hashlib.sha256(data).hexdigest(),
+    def _index(self) -> Index:
+        job = self.job
+        results = [_result(job, "blocks", piece) for piece in self.pieces]
+        blocks = tuple(Block(*row) for result in results for row in result["blocks"])
+        vocabulary = Vocabulary.load(
+            job.folder / "vocabulary", job.schema, job.base_sizes, job.base_fingerprint
         )
-        header = tarfile.TarInfo(member)
-        header.size = len(data)
-        tar.addfile(header, io.BytesIO(data))
-        self.blocks.append(block)
-
-    def _open_for(self, size: int) -> tarfile.TarFile:
-        if self._tar is not None and self._tar.offset + size > self.shard_bytes:
-            self.close()
-        if self._tar is None:
-            self._name = f"shard-{len(self.shards):05d}.tar"
-            self._tar = tarfile.open(self.folder / self._name, "w", format=tarfile.USTAR_FORMAT)
-        return self._tar
-
-    def close(self) -> None:
-        """End the shard being written."""
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-            self.shards[self._name] = (self.folder / self._name).stat().st_size
+        return Index(
+            schema=job.schema,
+            domains=tuple(sorted({block.domain for block in blocks})),
+            blocks=blocks,
+            shards={name: size for result in results for name, size in result["shards"].items()},
+            vocabulary=VocabularyInfo.of(vocabulary),
+            source=job.source.describe(),
+            split=job.split,
+            dropped=dict(sorted(self._sum("blocks", "dropped").items())),
+        )
 
 
-def _ipc(table: pa.Table) -> memoryview:
-    sink = pa.BufferOutputStream()
-    batch = table.combine_chunks()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_table(batch)
-    return memoryview(sink.getvalue())
+def _result(job: Job, stage: str, piece: int) -> dict[str, Any]:
+    return json.loads(job.result(stage, piece).read_text(encoding="utf-8"))
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` at the end, or is removed on an error."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        for path in sorted(folder.rglob("*")):
-            _flush(path)
-        folder.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"{out}: could not be written ({error.strerror or error}); nothing is left there; "
-            "free some space or give another path"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _finish(folder: Path, out: Path) -> None:
+    """Only the set itself stays: its shards, its vocabulary, its index."""
+    for path in folder.iterdir():
+        if path.suffix == ".tar" or path.name in ("vocabulary", "index.json"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (*(folder / "vocabulary").iterdir(), folder / "index.json", folder):
+        flush(path)
+    folder.rename(out)

@@ -12,7 +12,7 @@ from pathlib import Path
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("domain")
-    parser.add_argument("--shards", type=Path, required=True, help="its rows (write-shards --base)")
+    parser.add_argument("--shards", required=True, help="its rows (write-shards --base)")
     parser.add_argument(
         "--no-own-ids",
         action="store_true",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path)
-    parser.add_argument("--shards", type=Path, help="instead of the run's own")
+    parser.add_argument("--shards", help="a folder or a URL, instead of the run's own")
     parser.add_argument("--splits", nargs="+", help="instead of the run's test splits")
     parser.add_argument("--domains", nargs="+", help="instead of all")
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     from trainer.schedule import evaluate_run
 
     config = RunFolder.config(args.run_folder)
-    shards = args.shards or Path(config.data.shards)
+    shards = args.shards or config.data.shards
     splits = tuple(args.splits or config.test)
     domains = tuple(args.domains) if args.domains else None
     with joined() as ranks:

@@ -7,26 +7,37 @@ import argparse
 import json
 from pathlib import Path
 
-from data_shards import Index, ShardReader, UserError
+import numpy as np
+import pyarrow as pa
+
+from data_shards import Index, Location, ShardReader, UserError
+from data_shards import verify as check_set
+from data_shards.sources.planted import Best, best_scores
+from launch.progress import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", help="a folder, or the URL of a shard set")
     parser.add_argument("--verify", action="store_true", help="check every block's SHA-256")
+    parser.add_argument(
+        "--best", metavar="SPLIT", help="of planted rows: the best scores that a model can expect"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    if "://" in args.path:
+        return _shard_set(args.path, args)
+    path = Path(args.path)
     for name, show in KINDS.items():
-        if (args.path / name).exists():
-            show(args.path, args.verify)
-            return
+        if (path / name).exists():
+            return show(path, args)
     raise UserError(
-        f"{args.path}: neither a shard set, a run's folder, a checkpoint nor an adapter "
+        f"{path}: neither a shard set, a run's folder, a checkpoint nor an adapter "
         f"(none of {', '.join(KINDS)} is in it)"
     )
 
 
-def _shard_set(path: Path, verify: bool) -> None:
+def _shard_set(path: Location, args: argparse.Namespace) -> None:
     index = Index.load(path)
     counts = index.counts()
     print(
@@ -41,14 +52,33 @@ def _shard_set(path: Path, verify: bool) -> None:
         print(f"  {domain}: " + ", ".join(f"{s} {counts[domain, s]:,}" for s in index.splits))
     for reason, dropped in index.dropped.items():
         print(f"  dropped: {dropped:,} {reason}")
-    if verify:
-        reader = ShardReader(path, index)
-        for block in index.blocks:
-            reader.read(block)
-        print(f"  {len(index.blocks):,} blocks verified")
+    if args.verify:
+        report = check_set(path, say)
+        report.require_sound()
+        print(f"  {report.blocks:,} blocks verified, {report.rows:,} rows")
+    if args.best:
+        _best(path, index, args.best)
 
 
-def _run_folder(path: Path, verify: bool) -> None:
+def _best(path: Location, index: Index, split: str) -> None:
+    from trainer.report import grid
+
+    reader, rows = ShardReader(path, index), []
+    for domain in index.domains:
+        tables = [reader.read(block) for block in index.select((split,), (domain,))]
+        if any("probability" not in table.column_names for table in tables):
+            raise UserError(f"{path}: its rows carry no true click rate; those of `planted` do")
+        rate = np.concatenate([table["probability"].to_numpy() for table in tables or [_NO_RATE]])
+        best = best_scores(rate) if len(rate) else Best(float("nan"), None)
+        auc = "undefined" if best.auc is None else f"{best.auc:.4f}"
+        rows.append([domain, f"{len(rate):,}", auc, f"{best.log_loss:.4f}"])
+    print(grid(["domain", f"{split} rows", "best AUC", "best log loss"], rows))
+
+
+_NO_RATE = pa.table({"probability": pa.array([], pa.float32())})
+
+
+def _run_folder(path: Path, args: argparse.Namespace) -> None:
     from trainer.run_folder import RunFolder
 
     config = RunFolder.config(path)
@@ -62,7 +92,7 @@ def _run_folder(path: Path, verify: bool) -> None:
 
 
 def _json(name: str):  # noqa: ANN202
-    def show(path: Path, verify: bool) -> None:
+    def show(path: Path, args: argparse.Namespace) -> None:
         print(json.dumps(json.loads((path / name).read_text(encoding="utf-8")), indent=1))
 
     return show

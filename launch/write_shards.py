@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from data_shards import open_source, write_shards
+from data_shards import Part, open_source, write_shards
 from launch.progress import say
 
 
@@ -19,6 +19,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--base", type=Path, metavar="RUN_FOLDER", help="keep this run's ids")
     parser.add_argument("--out", type=Path, help="instead of data.shards")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of this machine")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=Part(),
+        metavar="I/N",
+        help="this machine's share, of N that write into one folder at the same time (I from 0)",
+    )
+
+
+def _part(text: str) -> Part:
+    number, _, of = text.partition("/")
+    try:
+        return Part(int(number), int(of))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/4 ({error})") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,14 +46,17 @@ def run(args: argparse.Namespace) -> None:
     base = RunFolder(args.base).load_vocabulary() if args.base else None
     start = time.monotonic()
     index = write_shards(
-        open_source(data.source),
+        open_source(data.source, data.fields),
         data.schema,
         data.split,
         out,
         block_rows=data.block_rows,
+        shard_bytes=data.shard_bytes,
         only_domains=data.only,
         hold_out=data.hold_out,
         base=base,
+        jobs=args.jobs,
+        part=args.part,
         progress=say,
     )
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in index.dropped.items()) or "none"

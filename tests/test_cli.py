@@ -149,7 +149,8 @@ MISTAKES = {
     "train {file} {settings} --set adapt.lr=2": "holds a run of another run file (they differ in "
     "adapt.lr); set another name or output, or delete the folder",
     "write-shards {file} {settings}": "shards: exists already; give another path or delete it",
-    "write-shards {file} --set data.source.kind=amazon": "unknown source 'amazon'; the nearest",
+    "write-shards {file} --set data.source.kind=movielenz": "data.source: unknown kind "
+    "'movielenz'; the nearest is 'movielens'",
     "write-shards {file} --set data.source.path={files}/no.zip --out {files}/out": "no such file",
     "write-shards {file} --base {files} --out {files}/out": "its shared part is not trained yet",
     "evaluate {files}": "not a run's folder (no run.toml); give the one of a `train`",

@@ -18,7 +18,7 @@ SMALL = """
 name = "small"
 [data]
 shards = "shards"
-source = { kind = "movielens" }
+source = { kind = "movielens", path = "ml-1m.zip" }
 fields = [{ name = "user", kind = "id" }, { name = "tags", kind = "id", multi = true }]
 """
 NUMBERS = st.floats(0, 1e3, allow_nan=False)
@@ -108,7 +108,7 @@ def test_a_difference_is_named_by_its_key(small: Path) -> None:
     [
         ("sed=2", "small.toml: unknown key sed; did you mean seed"),
         ("pretrain.patients=2", r"unknown key pretrain.patients; did you mean pretrain.patience\?"),
-        ("data.source.qqqq=2", "unknown key data.source.qqqq; known: kind, path, label, domains"),
+        ("data.source.qqqq=2", "unknown key data.source.qqqq; known: path, kind, label, domains"),
         ('data.fields=[{name="a", kind="id", sid="x"}]', "unknown key data.fields.sid; did you"),
         ("pretrain=3", "pretrain: .*not 3"),
         ("backbone.hidden=12", "backbone.hidden: .*tuple.*not 12"),

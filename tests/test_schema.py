@@ -86,7 +86,7 @@ def test_groups_keep_the_order_of_the_schema() -> None:
     [
         ({"name": "row_id"}, "field 'row_id': a name is letters"),
         ({"name": "../x"}, "a name is letters, digits and _"),
-        ({"kind": "ID"}, "kind is id, anonymous, number or text, not 'ID'"),
+        ({"kind": "ID"}, "kind is one of id, anonymous, number, text, tokens, not 'ID'"),
         ({"vocabulary": "hash"}, "needs buckets of 1 or more"),
         ({"buckets": 3}, "buckets are for vocabulary = 'hash' only"),
         ({"min_count": 0}, "min_count is 1 or more, not 0"),

@@ -26,11 +26,7 @@ def _table(values: list[str | None]) -> pa.Table:
 
 
 def _build(schema: Schema, *columns: list[str | None]) -> Vocabulary:
-    counts = None
-    for column in columns:
-        counts = count_values(schema, _table(column), counts)
-    assert counts is not None
-    return Vocabulary.build(schema, counts)
+    return Vocabulary.build(schema, count_values(schema, *map(_table, columns)))
 
 
 def _ranked(values: list[str | None], min_count: int = 1) -> list[str]:

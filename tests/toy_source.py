@@ -1,12 +1,13 @@
 """A source over rows in memory, for tests that need rows of a known kind."""
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from data_shards.schema import Field, Schema
-from data_shards.sources import SourceConfig
 
 SCHEMA = Schema(
     (
@@ -22,18 +23,23 @@ SCHEMA = Schema(
 
 
 class ToySource:
-    """Yields the rows of one table in pieces of 97 rows."""
+    """Yields the rows of one table in so many pieces, in tables of 97 rows."""
 
-    def __init__(self, config: SourceConfig, rows: pa.Table | None = None) -> None:
-        self.config = config
-        self.rows = toy_rows() if rows is None else rows
+    def __init__(self, rows: pa.Table, pieces: int) -> None:
+        self.rows = rows
+        self.cuts = [len(rows) * i // pieces for i in range(pieces + 1)]
 
-    def tables(self) -> Iterator[pa.Table]:
-        for start in range(0, len(self.rows), 97):
-            yield self.rows.slice(start, 97)
+    def pieces(self) -> tuple[str, ...]:
+        return tuple(map(str, self.cuts[1:]))
 
-    def dropped(self) -> dict[str, int]:
-        return {"unreadable": 3}
+    def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
+        dropped["unreadable"] += 3
+        start, stop = self.cuts[piece : piece + 2]
+        for first in range(start, stop, 97):
+            yield self.rows.slice(first, min(97, stop - first))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "toy", "rows": len(self.rows)}
 
 
 def toy_rows(sizes: dict[str, int] | None = None, seed: int = 0) -> pa.Table:
@@ -59,6 +65,6 @@ def toy_rows(sizes: dict[str, int] | None = None, seed: int = 0) -> pa.Table:
     )
 
 
-def toy_source(rows: pa.Table | None = None) -> ToySource:
+def toy_source(rows: pa.Table | None = None, pieces: int = 1) -> ToySource:
     """The source over `rows`, or over the rows of `toy_rows()`."""
-    return ToySource(SourceConfig(kind="toy"), rows)
+    return ToySource(toy_rows() if rows is None else rows, pieces)

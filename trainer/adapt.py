@@ -5,11 +5,10 @@ the same whenever it is trained.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from data_shards import Loader, Rows, UserError
+from data_shards import Loader, Location, Rows, UserError
 from embeddings import Embedder, Extension
 from trainer.adapter_store import Adapter
 from trainer.config import AdaptConfig
@@ -41,7 +40,7 @@ class DomainRows:
     """Fingerprint of the shard set."""
 
 
-def rows_of(trunk: Trunk, shards: Path, domain: str) -> DomainRows:
+def rows_of(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
     """Open one domain's rows, or say why it cannot have an adapter."""
     config, ranks = trunk.config.adapt, trunk.ranks
 

@@ -4,8 +4,9 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic
 import tomli_w
@@ -24,7 +25,7 @@ class DataConfig:
     """`[data]`: raw rows, what of them is read, and where the shards of it lie."""
 
     shards: str
-    source: SourceConfig
+    source: Annotated[SourceConfig, pydantic.Field(discriminator="kind")]
     fields: tuple[Field, ...]
     split: SplitConfig = field(default_factory=SplitConfig)
     hold_out: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class DataConfig:
     only: tuple[str, ...] = ()
     """Domains that the shard set is made of; none named: all."""
     block_rows: int = 4096
+    shard_bytes: int = 256 << 20
 
     @property
     def schema(self) -> Schema:
@@ -133,10 +135,10 @@ class RunConfig:
             ("test", self.test),
         ):
             for split in splits:
-                if split not in self.data.split.parts:
+                if split not in self.data.split.names:
                     raise UserError(
                         f"{where}: unknown split {split!r}; "
-                        f"data.split.parts names: {', '.join(self.data.split.parts)}"
+                        f"data.split names: {', '.join(self.data.split.names)}"
                     )
 
     @property
@@ -168,7 +170,14 @@ def from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved run file."""
-    return tomli_w.dumps(asdict(config))
+    return tomli_w.dumps(_without_none(asdict(config)))
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: what is not given is left out."""
+    if isinstance(value, dict):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str | None:
@@ -209,15 +218,29 @@ def _refuse_unknown_keys(kind: type, data: Any, where: str, prefix: str) -> None
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        inner = next((t for t in (known[key], *get_args(known[key])) if is_dataclass(t)), None)
         for item in value if isinstance(value, list) else [value]:
+            inner = _section(known[key], item, f"{where}: {prefix}{key}")
             if inner is not None:
-                _refuse_unknown_keys(inner, item, where, f"{prefix}{key}.")  # type: ignore[arg-type]
+                _refuse_unknown_keys(inner, item, where, f"{prefix}{key}.")
+
+
+def _section(hint: Any, data: Any, where: str) -> type | None:
+    """The dataclass that a section is read into; one of several by the section's `kind`."""
+    choices: list[Any] = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+    if len(choices) < 2 or not isinstance(data, Mapping):
+        return choices[0] if choices else None
+    by_kind = {get_args(get_type_hints(t)["kind"])[0]: t for t in choices}
+    if data.get("kind") not in by_kind:
+        error = unknown("kind", str(data.get("kind", "")), by_kind)
+        raise UserError(f"{where}: {error}")
+    return by_kind[data["kind"]]
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"]) or "run file"
+    # pydantic names the kind of a source as if it were a key
+    loc = [part for before, part in pairwise(("", *problem["loc"])) if before != "source"]
+    key = ".".join(str(part) for part in loc) or "run file"
     message = problem["msg"].removeprefix("Value error, ")
     got = "" if problem["type"] in ("missing", "value_error") else f", not {problem['input']!r}"
     return f"{key}: {message[0].lower()}{message[1:]}{got}"

@@ -77,7 +77,7 @@ class Trainee:
         """One optimizer step of dense part and tables; returns this rank's share of the loss."""
         # Dropout is a function of (seed, step, rank), so no generator's state is ever saved.
         mixed = np.random.SeedSequence((self.seed, at, self.ranks.rank))
-        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+        self.ranks.seed(int(mixed.generate_state(1, np.uint64)[0]))
         batch = sent.batch
         logit = self.model.logits_of(sent)
         loss = self.method.loss(logit, batch.label, batch.weight, batch.rows)

@@ -1,11 +1,12 @@
 """Phase 1: the shared part learns from all domains."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from data_shards import Loader, Rows, UserError
+from data_shards import Loader, Location, Rows, UserError
 from data_shards.errors import unknown
 from embeddings import Embedder
 from models import Method
@@ -32,7 +33,7 @@ class Pretrained:
     """By domain, in one-phase training; else empty."""
 
 
-def pretrain(trunk: Trunk, shards: list[Path], folder: Path, log: RunLog) -> Pretrained:
+def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog) -> Pretrained:
     """Train the trunk until early stopping and leave its best state in it.
 
     Continues from the newest checkpoint in `folder`, if there is one.
@@ -86,7 +87,9 @@ def pretrain(trunk: Trunk, shards: list[Path], folder: Path, log: RunLog) -> Pre
     return Pretrained(position.seconds, position.steps, adapters)
 
 
-def _loader(trunk: Trunk, shards: list[Path], splits: tuple[str, ...], shuffle: bool) -> Loader:
+def _loader(
+    trunk: Trunk, shards: Sequence[Location], splits: tuple[str, ...], shuffle: bool
+) -> Loader:
     ranks = trunk.ranks
     reading = trunk.config.reading
     loader = Loader(shards, Rows(splits), reading, ranks.rank, ranks.world, shuffle)

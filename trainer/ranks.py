@@ -31,6 +31,13 @@ class Ranks:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
+    def seed(self, seed: int) -> None:
+        """Start the device's generator anew. `torch.manual_seed` also asks for every kind of
+        device that is not there, which takes a millisecond and a half."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
         box = [value]

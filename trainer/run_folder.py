@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from data_shards import Index, Schema, UserError, Vocabulary
+from data_shards import Index, Location, Schema, UserError, Vocabulary
 from trainer import checkpoint
 from trainer.adapter_store import Adapter, AdapterStore
 from trainer.checkpoint import Snapshot
@@ -62,7 +62,7 @@ class RunFolder:
             )
         return from_dict(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
 
-    def save_trunk(self, trunk: Trunk, index: Index, shards: Path, seconds: float) -> None:
+    def save_trunk(self, trunk: Trunk, index: Index, shards: Location, seconds: float) -> None:
         """The shared part without optimizer state, and the vocabulary that numbers its rows."""
         values = {
             "schema": trunk.schema.to_json(),
@@ -73,11 +73,11 @@ class RunFolder:
             "seconds": seconds,
         }
 
-        def copy() -> None:
+        def save() -> None:
             shutil.rmtree(self.vocabulary, ignore_errors=True)
-            shutil.copytree(shards / "vocabulary", self.vocabulary)
+            index.load_vocabulary(shards).save(self.vocabulary)
 
-        together(trunk.ranks, self.path, lambda: copy() if trunk.ranks.first else None)
+        together(trunk.ranks, self.path, lambda: save() if trunk.ranks.first else None)
         snapshot = Snapshot(trunk.dense, values)
         checkpoint.save(self.trunk, trunk.ranks, trunk.tables, snapshot, optimizer=False)
 

@@ -1,12 +1,11 @@
 """Whole runs: two phases for `train`, the second one alone for `add-domain`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_shards import Index, Loader, Rows, UserError
+from data_shards import Index, Loader, Location, Rows, UserError
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
@@ -22,7 +21,7 @@ from trainer.run_folder import RunFolder
 
 def train(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Pretrain, adapt every domain, compare; returns the summary. Continues an unfinished run."""
-    shards = Path(config.data.shards)
+    shards = config.data.shards
     index = Index.load(shards)
     index.require_schema(config.data.schema)
     folder = RunFolder(config.folder)
@@ -37,7 +36,7 @@ def train(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 def _train(
     config: RunConfig, ranks: Ranks, index: Index, folder: RunFolder, log: RunLog
 ) -> dict[str, Any]:
-    shards = Path(config.data.shards)
+    shards = config.data.shards
     if (folder.trunk / "manifest.json").exists():
         log.say("pretrain: done already, its trunk is taken")
         trunk = folder.load_trunk(config, ranks)
@@ -80,7 +79,7 @@ def _adapt_all(
     trunk: Trunk,
     trunk_id: str,
     domains: tuple[str, ...],
-    shards: Path,
+    shards: Location,
     folder: RunFolder,
     log: RunLog,
 ) -> dict[str, str]:
@@ -144,7 +143,7 @@ class Witness:
 
 
 def add_domain(
-    config: RunConfig, folder: RunFolder, domain: str, shards: Path, ranks: Ranks
+    config: RunConfig, folder: RunFolder, domain: str, shards: Location, ranks: Ranks
 ) -> dict[str, Any]:
     """Phase 2 for one name on a finished run, and the proof that the others did not move."""
     method = config.method.name
@@ -174,7 +173,7 @@ def add_domain(
 
 
 def _added_summary(
-    trunk: Trunk, folder: RunFolder, adapter: Adapter, shards: Path, moved: list[str]
+    trunk: Trunk, folder: RunFolder, adapter: Adapter, shards: Location, moved: list[str]
 ) -> dict[str, Any]:
     test = _loader(trunk, shards, trunk.config.test, (adapter.domain,))
     model = with_adapters(trunk, [adapter])
@@ -198,8 +197,7 @@ def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
     model = with_adapters(trunk, folder.kept_adapters(method, trunk_id))
     stored = folder.adapters.domains(method)
     digests = {domain: folder.adapters.digest(method, domain) for domain in stored}
-    own = Path(trunk.config.data.shards)
-    rows = _loader(trunk, own, trunk.config.test, None)
+    rows = _loader(trunk, trunk.config.data.shards, trunk.config.test, None)
     found = predict(model, rows, trunk.ranks, "others' predictions")
     if found is None:
         return Witness(trunk_id, digests, None)
@@ -210,7 +208,7 @@ def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
 def evaluate_run(
     config: RunConfig,
     folder: RunFolder,
-    shards: Path,
+    shards: Location,
     splits: tuple[str, ...],
     domains: tuple[str, ...] | None,
     ranks: Ranks,
@@ -226,7 +224,7 @@ def evaluate_run(
 
 
 def _loader(
-    trunk: Trunk, shards: Path, splits: tuple[str, ...], domains: tuple[str, ...] | None
+    trunk: Trunk, shards: Location, splits: tuple[str, ...], domains: tuple[str, ...] | None
 ) -> Loader:
     """Rows in order, for scoring."""
     ranks, reading = trunk.ranks, trunk.config.reading

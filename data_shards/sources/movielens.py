@@ -9,15 +9,18 @@ its number and nothing is guessed.
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_shards.errors import UserError
-from data_shards.sources.source import SourceConfig
+from data_shards.schema import Field
 
 CHUNK_ROWS = 1 << 16
 RATINGS = r"^(?P<user>\d{1,9})::(?P<movie>\d{1,9})::(?P<stars>[1-5])::(?P<time>\d{1,12})$"
@@ -35,27 +38,48 @@ OCCUPATIONS = (
 AGE3 = {"1": "age_1_18", "18": "age_1_18", "25": "age_25"}
 
 
+@dataclass(frozen=True)
+class MovieLensConfig:
+    """`[data.source]` with kind = "movielens"."""
+
+    path: str
+    """`ml-1m.zip`, or the folder that holds its three files."""
+    kind: Literal["movielens"] = "movielens"
+    label: Literal["five_stars", "drop_three"] = "five_stars"
+    """5 stars are positive (MLoRA); or 4 and 5 are, and 3 are left out (UFIN)."""
+    domains: Literal["gender", "age", "occupation", "age3"] = "gender"
+
+    def __post_init__(self) -> None:
+        if self.label not in ("five_stars", "drop_three"):
+            raise UserError(f"label is five_stars or drop_three, not {self.label!r}")
+        if self.domains not in ("gender", "age", "occupation", "age3"):
+            raise UserError(f"domains are gender, age, age3 or occupation, not {self.domains!r}")
+
+
 class MovieLens:
     """1,000,209 ratings of 3,706 movies by 6,040 users; a domain is a group of users.
 
     Fields: user, movie, gender, age, occupation, zip, title, year, genres (multi), domain.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
-        if config.label not in ("five_stars", "drop_three"):
-            raise UserError(f"label is five_stars or drop_three, not {config.label!r}")
+    def __init__(self, config: MovieLensConfig, fields: tuple[Field, ...] = ()) -> None:
         self.config = config
 
-    def tables(self) -> Iterator[pa.Table]:
+    def pieces(self) -> tuple[str, ...]:
+        """All in one: the three files are small and joined."""
+        return ("ratings.dat",)
+
+    def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
         """Rows in the order of ratings.dat; `row_id` is the 0-based line."""
+        if self.config.label == "drop_three":
+            dropped["three_stars"] += self._ratings.num_rows - self._rows.num_rows
         for start in range(0, self._rows.num_rows, CHUNK_ROWS):
             yield self._rows.slice(start, CHUNK_ROWS)
 
-    def dropped(self) -> dict[str, int]:
-        """Three-star ratings, where the label rule leaves them out."""
-        if self.config.label == "five_stars":
-            return {}
-        return {"three_stars": self._ratings.num_rows - self._rows.num_rows}
+    def describe(self) -> dict[str, Any]:
+        """What decides the rows, without the place where they happen to lie."""
+        config = self.config
+        return {"kind": config.kind, "label": config.label, "domains": config.domains}
 
     @cached_property
     def _ratings(self) -> pa.Table:
@@ -129,9 +153,7 @@ def _domain_of(users: pa.Table, domains: str) -> pa.Array | pa.ChunkedArray:
     if domains == "age3":
         ages = users["age"].to_pylist()
         return pa.array([AGE3.get(age, "age_35_56") for age in ages], pa.string())
-    if domains == "occupation":
-        return pa.array(OCCUPATIONS).take(pc.cast(users["occupation"], pa.int32()))
-    raise UserError(f"domains are gender, age, age3 or occupation, not {domains!r}")
+    return pa.array(OCCUPATIONS).take(pc.cast(users["occupation"], pa.int32()))
 
 
 def _read(path: Path, member: str) -> bytes:

@@ -1,43 +1,29 @@
 """What every source offers."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 
-@dataclass(frozen=True)
-class SourceConfig:
-    """Where raw rows lie and how they become labels and domains."""
+class Source(Protocol):
+    """Raw rows, piece by piece, the same at every call and in every process (it is picklable).
 
-    kind: str = "movielens"
-    path: str = ""
-    label: Literal["five_stars", "drop_three"] = "five_stars"
-    domains: Literal["gender", "age", "occupation", "age3"] = "gender"
+    Columns: `row_id` int64 (unique over all pieces), `domain` string, `label` float32 (0 or 1),
+    `time` int64 (0 where there is none), where it is known the true click rate `probability`
+    float32, and one column per field: string, list<string> when multi-valued, float32 for numbers,
+    list<int32> for tokens.
+    """
+
+    def pieces(self) -> tuple[str, ...]:
+        """Names of the units of parallel work; they depend on the source alone."""
+        ...
+
+    def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
+        """The rows of a piece in a fixed order; `dropped` counts what is left out, by reason."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the place where they happen to lie."""
-        described = asdict(self)
-        del described["path"]
-        return described
-
-
-class Source(Protocol):
-    """Raw rows, table by table, the same at every call.
-
-    Columns: `row_id` int64 (unique), `domain` string, `label` float32 (0 or 1), `time` int64, and
-    one column per field: string, list<string> when multi-valued, float32 for numbers.
-    """
-
-    config: SourceConfig
-
-    def __init__(self, config: SourceConfig) -> None: ...
-
-    def tables(self) -> Iterator[pa.Table]:
-        """All rows in a fixed order."""
-        ...
-
-    def dropped(self) -> dict[str, int]:
-        """Rows that the source left out, by reason."""
         ...

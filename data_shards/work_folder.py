@@ -1,0 +1,73 @@
+"""The folder in which a set is made: whose it is, and when it stays to be gone on with."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+from data_shards.pieces import Job
+
+_PLAN = "plan.json"
+
+
+@contextmanager
+def work_folder(job: Job, out: Path, part: int, parts: int) -> Iterator[None]:
+    """The folder in which the set is made; it stays where the same command could go on."""
+    failure = job.folder / f"failed-{part}.txt"
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _check_plan(job)
+        failure.unlink(missing_ok=True)
+        yield
+    except UserError as error:
+        if parts > 1 and (job.folder / _PLAN).exists():
+            failure.write_text(f"part {part}: {error}", encoding="utf-8")
+        elif (job.folder / _PLAN).exists() and _same_plan(job):
+            shutil.rmtree(job.folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{out}: could not be written ({error.strerror or error}); free some space and start "
+            f"the same command again, which goes on where it was, or delete {job.folder}"
+        ) from error
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    choices = {
+        "source": job.source.describe(),
+        "pieces": list(job.source.pieces()),
+        "schema": job.schema.to_json(),
+        "split": asdict(job.split),
+        "base": job.base_fingerprint,
+        "only": list(job.only),
+        "hold_out": list(job.hold_out),
+        "block_rows": job.block_rows,
+        "shard_bytes": job.shard_bytes,
+    }
+    return json.loads(json.dumps(choices))
+
+
+def _same_plan(job: Job) -> bool:
+    return json.loads((job.folder / _PLAN).read_text(encoding="utf-8")) == _plan(job)
+
+
+def _check_plan(job: Job) -> None:
+    """Refuse to go on with what was begun with other choices."""
+    path, plan = job.folder / _PLAN, _plan(job)
+    if not path.exists():
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside.write_text(json.dumps(plan), encoding="utf-8")
+        beside.replace(path)
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    differs = [key for key in plan if plan[key] != theirs.get(key)]
+    if differs:
+        raise UserError(
+            f"{job.folder}: holds shards begun with other choices (they differ in "
+            f"{', '.join(differs)}); repeat that command to end them, or delete the folder"
+        )

@@ -1,0 +1,141 @@
+"""Writing: jobs, parts and kills decide nothing, and what waits is bounded."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_shards import pieces
+from data_shards.errors import UserError
+from data_shards.index import Index
+from data_shards.splits import SplitConfig
+from data_shards.writer import Part, write_shards
+from tests.toy_source import SCHEMA, ToySource, toy_rows, toy_source
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_jobs_and_tables_decide_nothing(tmp_path: Path) -> None:
+    source = toy_source(pieces=5)
+    one, four = (
+        write_shards(source, SCHEMA, SplitConfig(), tmp_path / str(jobs), block_rows=50, jobs=jobs)
+        for jobs in (1, 4)
+    )
+    assert one.fingerprint == four.fingerprint
+    for name in one.shards:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
+PART = """
+import sys
+from pathlib import Path
+from data_shards import Part, SplitConfig, write_shards
+from tests.toy_source import SCHEMA, toy_source
+part = Part(int(sys.argv[2]), 4)
+write_shards(
+    toy_source(pieces=5), SCHEMA, SplitConfig(), Path(sys.argv[1]), block_rows=50, part=part
+)
+"""
+
+
+def _parts(out: Path, numbers: range) -> list[subprocess.Popen]:
+    return [
+        subprocess.Popen([sys.executable, "-c", PART, str(out), str(number)], cwd=ROOT)
+        for number in numbers
+    ]
+
+
+def test_parts_decide_nothing(tmp_path: Path) -> None:
+    alone = write_shards(
+        toy_source(pieces=5), SCHEMA, SplitConfig(), tmp_path / "alone", block_rows=50
+    )
+    running = _parts(tmp_path / "parts", range(4))
+    assert [process.wait(timeout=120) for process in running] == [0] * 4
+    together = Index.load(tmp_path / "parts")
+    assert together.fingerprint == alone.fingerprint
+    for name in alone.shards:
+        ours, theirs = tmp_path / "alone" / name, tmp_path / "parts" / name
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "parts"]
+
+
+class _Killed(ToySource):
+    """Reads piece 3 in the third stage only once somebody has put `go` there."""
+
+    def __init__(self, go: Path) -> None:
+        super().__init__(toy_rows(), 5)
+        self.go = go
+
+    def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
+        if piece == 3 and list(self.go.parent.glob(".*/blocks-00000.json")):
+            if not self.go.exists():
+                raise KeyboardInterrupt
+        return super().read(piece, dropped)
+
+
+def test_a_writer_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    out, go, said = tmp_path / "shards", tmp_path / "go", []
+    source = _Killed(go)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(source, SCHEMA, SplitConfig(), out, block_rows=50)
+    assert not out.exists()
+    with pytest.raises(UserError, match="begun with other choices .they differ in block_rows"):
+        write_shards(source, SCHEMA, SplitConfig(), out, block_rows=60)
+    go.touch()
+    index = write_shards(source, SCHEMA, SplitConfig(), out, block_rows=50, progress=said.append)
+    there = [line for line in said if "there already" in line]
+    assert there[:2] == [f"{stage}: 5 pieces are there already" for stage in ("rows", "values")]
+    assert there[2] in [f"blocks: {count} pieces are there already" for count in (3, 4)]
+    whole = write_shards(
+        toy_source(pieces=5), SCHEMA, SplitConfig(), tmp_path / "whole", block_rows=50
+    )
+    assert index.fingerprint == whole.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["go", "shards", "whole"]
+
+
+class _Broken(ToySource):
+    def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
+        if piece == 0:
+            raise UserError("line 7 is wrong")
+        return super().read(piece, dropped)
+
+
+def test_a_part_that_stops_stops_the_others(tmp_path: Path) -> None:
+    source, out = _Broken(toy_rows(), 2), tmp_path / "shards"
+    for number, message in ((0, "line 7 is wrong"), (1, "another part stopped: part 0: line 7 is")):
+        with pytest.raises(UserError, match=message):
+            write_shards(source, SCHEMA, SplitConfig(), out, part=Part(number, 2))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("number", "of"), [(4, 4), (-1, 2), (0, 0)])
+def test_a_part_is_one_of_them(number: int, of: int) -> None:
+    with pytest.raises(UserError, match=f"part {number}/{of}: the first is 0 and the last of - 1"):
+        Part(number, of)
+
+
+@given(st.lists(st.integers(0, 4), max_size=300), st.integers(1, 40), st.integers(0, 60))
+def test_cutting_keeps_each_group_in_order_and_bounds_what_waits(
+    groups: list[int], block_rows: int, most: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "WINDOW", 50)
+        patch.setattr(pieces, "MOST_WAITING", most)
+        group = np.array(groups, np.int64)
+        tables = [
+            (pa.table({"at": np.arange(i, min(i + 23, len(group)))}), group[i : i + 23])
+            for i in range(0, len(group), 23)
+        ]
+        blocks = list(pieces.cut(iter(tables), block_rows))
+    assert all(0 < len(table) <= block_rows for _, table in blocks)
+    for number in set(groups):
+        rows = [row for g, table in blocks if g == number for row in table["at"].to_pylist()]
+        assert rows == np.flatnonzero(group == number).tolist()
+    assert sum(len(table) for _, table in blocks) == len(groups)
