@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from data_shards.mixing import Pieces, domain_epoch, quotas
 from data_shards.order import EpochOrder, Schedule, Window, schedule
 from data_shards.reader import blank_row
 from data_shards.reading import Cursor, Reading, Rows
+from data_shards.sidecars import Sidecar, SidecarColumns
 from data_shards.storage import BlockCache
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class _Stream:
 class Loader:
     """Batches of rank `rank` of `world_size` over one or several shard sets of one schema.
 
-    `say` hears of each corrupt block that is left out, once.
+    `say` hears of each corrupt block that is left out, once. `sidecars` become `Batch.columns`;
+    every set that is read has its own, with the same columns.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Loader:
         world_size: int,
         shuffle: bool = True,
         say: Callable[[str], None] = _LOG.warning,
+        sidecars: Sequence[Sidecar] = (),
     ) -> None:
         _require_divisible(reading, world_size)
         folders = [folder] if isinstance(folder, Path | str) else list(folder)
@@ -63,6 +66,8 @@ class Loader:
         self._share = reading.global_batch // world_size
         chosen = choose(folders, self.indexes, rows, _cache(reading))
         self._blocks = Blocks(chosen, reading.corrupt, say)
+        of_sets = [(reader.index, block) for reader, block in chosen]
+        self._sidecars = SidecarColumns(sidecars, self.indexes, of_sets) if sidecars else None
         self._blank = blank_row(self.schema)
         self.domains = self._blocks.domains
         counts = np.bincount(self._blocks.domain, self._blocks.rows).astype(np.int64).tolist()
@@ -182,9 +187,12 @@ class Loader:
         domain = self._blocks.domain[numbers][window.which]
         real = window.real & ~lost[window.which] if lost.any() else window.real
         take[~real], domain[~real] = ends[-1], 0  # the blank row is the last
-        # sidecar columns would be gathered here, by (numbers[window.which], first + window.row)
         found = [*good.values(), self._blank]
-        return window, gather(self.schema, found, take, domain, real)
+        columns = gather(self.schema, found, take, domain, real)
+        if self._sidecars is None:
+            return window, columns
+        places = numbers[window.which], first[window.which] + window.row
+        return window, replace(columns, sidecars=self._sidecars.gather(*places, real))
 
 
 def _end(window: Window) -> int:
