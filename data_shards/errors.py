@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake a user can mend: says what, where, what was expected, and the way out."""
 
 
+class InterruptedWriteError(UserError):
+    """A stop that is nobody's mistake in the input: what is done so far is worth keeping."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a `name` that is not among `known`: names the nearest and lists them all."""
     names = sorted(known)

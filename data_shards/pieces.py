@@ -9,7 +9,6 @@ piece and on what all pieces were counted to together, never on who wrote them o
 # pyright: reportAttributeAccessIssue=false
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
@@ -18,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
 from data_shards.splits import SplitConfig, count_rows, split_of
 from data_shards.stratified import summed
-from data_shards.tar_writer import TarShards
+from data_shards.tar_writer import TarShards, unfinished
 from data_shards.vocabulary import ValueCounter, Vocabulary, save_counts
 
 WINDOW = 1 << 20  # encoded rows that are sorted into blocks together
+WINDOW_BYTES = 256 << 20  # or fewer of them: long texts
 MOST_WAITING = (
     1 << 20
 )  # rows that may wait for their block to fill; then the largest blocks go short
@@ -102,7 +103,7 @@ def write_piece(job: Job, piece: int, tick: Tick) -> None:
     vocabulary = Vocabulary.load(
         job.folder / "vocabulary", job.schema, job.base_sizes, job.base_fingerprint
     )
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # of the domains, as they come
     shards = TarShards(job.folder, piece, job.shard_bytes)
     encoded = _encoded(job, vocabulary, _kept(job, piece, found, tick), numbers)
     for group, table in cut(encoded, job.block_rows):
@@ -124,7 +125,7 @@ def _tables(job: Job, piece: int, found: Found, tick: Tick) -> Iterator[pa.Table
 
 def _kept(job: Job, piece: int, found: Found, tick: Tick) -> Iterator[tuple[pa.Table, np.ndarray]]:
     """(raw rows that the set holds, the part of each)."""
-    counts = read_table(job.folder / COUNTS) if job.split.counted else None
+    counts = _counts(job) if job.split.counted else None
     split = split_of(job.split, counts, piece)
     for table in _tables(job, piece, found, tick):
         part = split.parts(table)
@@ -138,6 +139,16 @@ def _kept(job: Job, piece: int, found: Found, tick: Tick) -> Iterator[tuple[pa.T
             yield table, part
         elif wanted.any():
             yield table.filter(pa.array(wanted)), part[wanted]
+
+
+def _counts(job: Job) -> pa.Table:
+    """What the split goes by: of domains cut by their own times, those that the set holds."""
+    counts = read_table(job.folder / COUNTS)
+    if job.split.by != "time_per_domain":
+        return counts
+    names = counts["domain"].unique().to_pylist()
+    kept = pa.array([name for name in names if job.keeps(name)], pa.string())
+    return counts.filter(pc.is_in(counts["domain"], kept))
 
 
 def _encoded(
@@ -168,17 +179,17 @@ def cut(
     """
     tables: list[pa.Table] = []
     groups: list[np.ndarray] = []
-    fresh = 0
+    fresh = size = 0
     for table, group in rows:
         tables.append(table)
         groups.append(group)
-        fresh += len(table)
-        if fresh >= WINDOW:
+        fresh, size = fresh + len(table), size + table.nbytes
+        if fresh >= WINDOW or size >= WINDOW_BYTES:
             blocks, rest = _sorted_out(tables, groups, block_rows, MOST_WAITING)
             yield from blocks
             tables, groups = [rest[0]], [rest[1]]
-            fresh = 0
-    if tables:
+            fresh = size = 0
+    if sum(map(len, tables)):
         yield from _sorted_out(tables, groups, block_rows, 0)[0]
 
 
@@ -212,14 +223,14 @@ def _sorted_out(
 def _done(job: Job, stage: str, piece: int, found: Found, result: dict[str, Any]) -> None:
     said = {"domains": found.domains, "dropped": +found.dropped, **result}
     path = job.result(stage, piece)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = unfinished(path)
     beside.write_text(json.dumps(said), encoding="utf-8")
     beside.replace(path)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """An Arrow IPC file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = unfinished(path)
     with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     beside.replace(path)

@@ -14,7 +14,7 @@ from multiprocessing.sharedctypes import Synchronized
 
 import pyarrow as pa
 
-from data_shards.errors import UserError
+from data_shards.errors import InterruptedWriteError
 from data_shards.pieces import Job, Tick
 
 Progress = Callable[[str], None]
@@ -38,7 +38,7 @@ def do_pieces(
                     future.result()
                 bar.show(done.value)
         except BrokenExecutor:
-            raise UserError(
+            raise InterruptedWriteError(
                 "a writing process was killed, perhaps for want of memory; "
                 "start the same command again with fewer --jobs"
             ) from None

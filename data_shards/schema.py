@@ -41,6 +41,8 @@ class Field:
             raise UserError(f"{where}: kind is one of {', '.join(KINDS)}, not {self.kind!r}")
         if self.vocabulary == "hash" and self.buckets < 1:
             raise UserError(f"{where}: vocabulary = 'hash' needs buckets of 1 or more")
+        if self.buckets >= 1 << 31:
+            raise UserError(f"{where}: buckets are below {1 << 31}, not {self.buckets}")
         if self.vocabulary == "frequency" and self.buckets:
             raise UserError(f"{where}: buckets are for vocabulary = 'hash' only; leave them out")
         if self.min_count < 1:

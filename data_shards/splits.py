@@ -24,6 +24,7 @@ from data_shards.schema import NAME
 from data_shards.stratified import Stratified, summed
 
 WAYS = ("per_domain", "random", "time", "time_per_domain")
+MOST_PARTS = 127
 MOST_TIMES = 1 << 22  # (domain, time) pairs that are told apart; beyond it times are coarsened
 
 
@@ -49,6 +50,10 @@ class SplitConfig:
             self._take_moments()
         else:
             self._check_shares()
+        if len(self.names) > MOST_PARTS:
+            raise UserError(
+                f"split: {len(self.names)} parts; at most {MOST_PARTS} can be told apart"
+            )
         for name in self.names:
             if not NAME.fullmatch(name):
                 raise UserError(f"split {name!r}: a name is letters, digits and _")
@@ -189,7 +194,9 @@ class _MomentsPerDomain:
 
     def parts(self, table: pa.Table) -> np.ndarray:
         encoded = table["domain"].combine_chunks().dictionary_encode()
-        cuts = np.array([self.cuts[name] for name in encoded.dictionary.to_pylist()], np.int64)
+        none = [0] * len(next(iter(self.cuts.values()), []))  # of a domain that is held out
+        names = encoded.dictionary.to_pylist()
+        cuts = np.array([self.cuts.get(name, none) for name in names], np.int64)
         mine = cuts.reshape(len(cuts), -1)[encoded.indices.to_numpy()]
         return (table["time"].to_numpy()[:, None] >= mine).sum(axis=1).astype(np.int8)
 
@@ -201,10 +208,11 @@ def _cuts(config: SplitConfig, counts: pa.Table, whose: str) -> list[int]:
     if len(times) < 2:
         raise UserError(
             f"split by time: the rows of {whose} have a single time; "
-            "name their time column, or split by per_domain or random"
+            "name their time column, split by per_domain or random, or hold them out"
         )
     before = np.concatenate([[0], np.cumsum(counts["count"].to_numpy()[order])])
     before = before[[*first, -1]]
     wanted = np.cumsum(list(config.parts.values()))[:-1] * before[-1]
-    nearest = [int(np.abs(before[:-1] - rows).argmin()) for rows in wanted]
+    # never before the first moment: the first part would be empty
+    nearest = [1 + int(np.abs(before[1:-1] - rows).argmin()) for rows in wanted]
     return [int(times[i]) for i in nearest]

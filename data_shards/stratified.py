@@ -12,6 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_shards.errors import UserError
+
+CHANGED = "the source has changed since its rows were counted; start again from the beginning"
+
 
 def summed(counts: Sequence[pa.Table]) -> pa.Table:
     """Several counts as one."""
@@ -39,9 +43,15 @@ class Stratified:
 
     def parts(self, table: pa.Table) -> np.ndarray:
         encoded = table["domain"].combine_chunks().dictionary_encode()
-        numbers = [self.domains[name] for name in encoded.dictionary.to_pylist()]
+        names = encoded.dictionary.to_pylist()
+        if any(name not in self.domains for name in names):
+            raise UserError(CHANGED)
+        numbers = [self.domains[name] for name in names]
         cell = 2 * np.array(numbers, np.int64)[encoded.indices.to_numpy()]
         cell += table["label"].to_numpy() > 0.5
+        more = np.bincount(cell, minlength=len(self.size))
+        if (self.seen + more > self.size).any():
+            raise UserError(CHANGED)
         return _places(cell, self.seen, self.size, self.key, self.cuts)
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +29,7 @@ class TarShards:
         self.blocks: list[Block] = []
         self.sizes: dict[str, int] = {}
         self._tar: tarfile.TarFile | None = None
-        self._name = ""
+        self._name, self._beside = "", folder
 
     def add(self, domain: str, split: str, table: pa.Table) -> None:
         """Append one block."""
@@ -57,12 +58,9 @@ class TarShards:
             self.close()
         if self._tar is None:
             self._name = f"shard-{self.piece:05d}-{len(self.sizes):03d}.tar"
+            self._beside = unfinished(self.folder / self._name)
             self._tar = tarfile.open(self._beside, "w", format=tarfile.USTAR_FORMAT)
         return self._tar
-
-    @property
-    def _beside(self) -> Path:
-        return self.folder / f".{self._name}.{os.getpid()}.tmp"
 
     def close(self) -> None:
         """End the shard being written."""
@@ -72,6 +70,11 @@ class TarShards:
             flush(self._beside)
             self.sizes[self._name] = self._beside.stat().st_size
             self._beside.replace(self.folder / self._name)
+
+
+def unfinished(path: Path) -> Path:
+    """A name beside `path` that no other writer has: on another machine a pid may be the same."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
 def flush(path: Path) -> None:

@@ -199,7 +199,7 @@ class Vocabulary:
         if field.kind == "number":
             return _numbers(field.name, column)
         if field.kind == "tokens":
-            return column.cast(pa.list_(pa.int32()))
+            return _tokens(field.name, column)
         if not field.is_id:
             return column
         if not field.multi:
@@ -267,6 +267,12 @@ def _digest(digest: "hashlib._Hash", values: pa.Array) -> None:
         part = values.slice(start, 65536)
         digest.update(pc.binary_length(part).to_numpy().astype("<i4").tobytes())
         digest.update("".join(part.to_pylist()).encode())
+
+
+def _tokens(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if column.null_count or pc.list_flatten(column).null_count:
+        raise UserError(f"field {name!r}: a list of tokens is missing or holds a null")
+    return column.cast(pa.list_(pa.int32()))
 
 
 def _numbers(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

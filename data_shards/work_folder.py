@@ -1,16 +1,16 @@
 """The folder in which a set is made: whose it is, and when it stays to be gone on with."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_shards.errors import UserError
+from data_shards.errors import InterruptedWriteError, UserError
 from data_shards.pieces import Job
+from data_shards.tar_writer import unfinished
 
 _PLAN = "plan.json"
 
@@ -24,6 +24,8 @@ def work_folder(job: Job, out: Path, part: int, parts: int) -> Iterator[None]:
         _check_plan(job)
         failure.unlink(missing_ok=True)
         yield
+    except InterruptedWriteError:
+        raise
     except UserError as error:
         if parts > 1 and (job.folder / _PLAN).exists():
             failure.write_text(f"part {part}: {error}", encoding="utf-8")
@@ -31,16 +33,20 @@ def work_folder(job: Job, out: Path, part: int, parts: int) -> Iterator[None]:
             shutil.rmtree(job.folder, ignore_errors=True)
         raise
     except OSError as error:
-        raise UserError(
-            f"{out}: could not be written ({error.strerror or error}); free some space and start "
-            f"the same command again, which goes on where it was, or delete {job.folder}"
-        ) from error
+        problem = (
+            f"{out}: could not be written ({error.strerror or error}); free some space, or give "
+            f"another path. The same command goes on where it was; {job.folder} holds what is done"
+        )
+        with suppress(OSError):
+            failure.write_text(f"part {part}: {problem}", encoding="utf-8")
+        raise UserError(problem) from error
 
 
 def _plan(job: Job) -> dict[str, Any]:
     choices = {
         "source": job.source.describe(),
         "pieces": list(job.source.pieces()),
+        "input files": job.source.state(),
         "schema": job.schema.to_json(),
         "split": asdict(job.split),
         "base": job.base_fingerprint,
@@ -60,13 +66,17 @@ def _check_plan(job: Job) -> None:
     """Refuse to go on with what was begun with other choices."""
     path, plan = job.folder / _PLAN, _plan(job)
     if not path.exists():
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = unfinished(path)
         beside.write_text(json.dumps(plan), encoding="utf-8")
         beside.replace(path)
         return
     theirs = json.loads(path.read_text(encoding="utf-8"))
     differs = [key for key in plan if plan[key] != theirs.get(key)]
-    if differs:
+    if differs and not any(job.folder.glob("*-*.json")):  # nothing was done under the other plan
+        for stale in (path, *job.folder.glob("failed-*")):
+            stale.unlink()
+        _check_plan(job)
+    elif differs:
         raise UserError(
             f"{job.folder}: holds shards begun with other choices (they differ in "
             f"{', '.join(differs)}); repeat that command to end them, or delete the folder"

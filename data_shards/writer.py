@@ -8,7 +8,6 @@ and one split, so that choosing blocks chooses rows.
 """
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.errors import UserError, unknown
+from data_shards.errors import InterruptedWriteError, UserError, unknown
 from data_shards.index import Block, Index, VocabularyInfo
 from data_shards.pieces import (
     COUNTS,
@@ -31,7 +30,7 @@ from data_shards.processes import SAY_EVERY, Progress, Stage, do_pieces
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
 from data_shards.splits import SplitConfig, joined
-from data_shards.tar_writer import flush
+from data_shards.tar_writer import flush, unfinished
 from data_shards.vocabulary import Vocabulary, load_counts
 from data_shards.work_folder import work_folder
 
@@ -45,7 +44,10 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
-            raise UserError(f"part {self.number}/{self.of}: the first is 0 and the last of - 1")
+            raise UserError(
+                f"part {self.number}/{self.of}: of {max(self.of, 1)} parts the first is 0 and the "
+                f"last {max(self.of - 1, 0)}"
+            )
 
 
 WHOLE = Part()
@@ -133,8 +135,7 @@ class _Writing:
             folders = (job.folder / f"values-{piece:05d}" for piece in self.pieces)
             counts = load_counts(job.schema, folders)
         fresh = self.base.extend(counts) if self.base else Vocabulary.build(job.schema, counts)
-        beside = job.folder / f".vocabulary.{os.getpid()}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = unfinished(job.folder / "vocabulary")
         fresh.save(beside)
         try:
             beside.rename(job.folder / "vocabulary")
@@ -177,7 +178,10 @@ class _Writing:
 
     def _check_others(self) -> None:
         for failure in sorted(self.job.folder.glob("failed-*")):
-            raise UserError(f"another part stopped: {failure.read_text(encoding='utf-8')}")
+            raise InterruptedWriteError(
+                f"another part stopped: {failure.read_text(encoding='utf-8')}; start it again "
+                "first, then this one"
+            )
 
     def _check_domains(self, stage: str) -> None:
         found = self._sum(stage, "domains")
@@ -200,6 +204,13 @@ class _Writing:
         job = self.job
         results = [_result(job, "blocks", piece) for piece in self.pieces]
         blocks = tuple(Block(*row) for result in results for row in result["blocks"])
+        dropped = dict(sorted(self._sum("blocks", "dropped").items()))
+        if not any(block.split in job.split.vocabulary_parts for block in blocks):
+            raise UserError(
+                f"no row is left in {', '.join(job.split.vocabulary_parts)} (left out: "
+                f"{', '.join(f'{n:,} {why}' for why, n in dropped.items()) or 'none'}); look at "
+                "the split and at the unit of the times"
+            )
         vocabulary = Vocabulary.load(
             job.folder / "vocabulary", job.schema, job.base_sizes, job.base_fingerprint
         )
@@ -211,7 +222,7 @@ class _Writing:
             vocabulary=VocabularyInfo.of(vocabulary),
             source=job.source.describe(),
             split=job.split,
-            dropped=dict(sorted(self._sum("blocks", "dropped").items())),
+            dropped=dropped,
         )
 
 
@@ -220,11 +231,10 @@ def _result(job: Job, stage: str, piece: int) -> dict[str, Any]:
 
 
 def _finish(folder: Path, out: Path) -> None:
-    """Only the set itself stays: its shards, its vocabulary, its index."""
-    for path in folder.iterdir():
-        if path.suffix == ".tar" or path.name in ("vocabulary", "index.json"):
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """The set gets its name, and then loses what only its writers needed."""
     for path in (*(folder / "vocabulary").iterdir(), folder / "index.json", folder):
         flush(path)
     folder.rename(out)
+    for path in out.iterdir():
+        if path.suffix != ".tar" and path.name not in ("vocabulary", "index.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

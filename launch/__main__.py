@@ -89,4 +89,5 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status) if status else sys.exit(0)
+    # after a mistake in a group of ranks nothing is left to wait for, least of all the others
+    os._exit(status) if status and (status == 130 or "RANK" in os.environ) else sys.exit(status)

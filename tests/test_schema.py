@@ -88,6 +88,7 @@ def test_groups_keep_the_order_of_the_schema() -> None:
         ({"name": "../x"}, "a name is letters, digits and _"),
         ({"kind": "ID"}, "kind is one of id, anonymous, number, text, tokens, not 'ID'"),
         ({"vocabulary": "hash"}, "needs buckets of 1 or more"),
+        ({"vocabulary": "hash", "buckets": 1 << 31}, "buckets are below 2147483648, not 2147"),
         ({"buckets": 3}, "buckets are for vocabulary = 'hash' only"),
         ({"min_count": 0}, "min_count is 1 or more, not 0"),
         ({"kind": "number", "multi": True}, "only id and anonymous fields can be multi-valued"),

@@ -151,6 +151,20 @@ def test_the_first_part_feeds_the_vocabulary_unless_others_are_named() -> None:
     assert both.vocabulary_parts == ("pretrain", "adapt")
 
 
+def test_rows_that_were_not_counted_are_refused() -> None:
+    counted = joined(SplitConfig(), [count_rows(SplitConfig(), _rows(np.zeros(5)))])
+    for rows in (_rows(np.zeros(6)), _rows(np.zeros(1), "new")):
+        with pytest.raises(UserError, match="the source has changed since its rows were counted"):
+            split_of(SplitConfig(), counted, 0).parts(rows)
+
+
+def test_a_domain_that_is_held_out_needs_no_moments() -> None:
+    rows = pa.concat_tables([_rows(np.zeros(9), "a", np.arange(9)), _rows(np.zeros(1), "z")])
+    config = SplitConfig("time_per_domain")
+    counts = joined(config, [count_rows(config, rows.slice(0, 9))])
+    assert len(split_of(config, counts, 0).parts(rows)) == 10
+
+
 def test_one_moment_cannot_be_split_by_time() -> None:
     with pytest.raises(UserError, match="the rows of all domains have a single time; name"):
         _assigned(SplitConfig("time"), _rows(np.zeros(9)))
@@ -166,6 +180,7 @@ def test_one_moment_cannot_be_split_by_time() -> None:
         ({"parts": {"a/b": 1.0}}, "split 'a/b': a name is letters, digits and _"),
         ({"seed": -1}, "the seed is 0 or more, not -1"),
         ({"train": ("trian",)}, "unknown split in split.train 'trian'; the nearest is 'train'"),
+        ({"parts": {f"p{i}": 1 / 128 for i in range(128)}}, "128 parts; .* 127"),
         ({"until": {"train": 5}}, '`until` names moments; it goes with by = "time" only'),
         ({"by": "time", "until": {"a": 5, "b": 5}}, "each part ends later than the one before"),
     ],

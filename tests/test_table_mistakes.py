@@ -46,6 +46,13 @@ def test_bad_rows_of_a_csv(line: str, tmp_path: Path) -> None:
     assert rows["row_id"].to_pylist() == [0, 2] and dropped == {"bad_row": 1}
 
 
+@pytest.mark.parametrize("line", ["[" * 200_000, json.dumps(ROW).replace('"T"', '"\\ud800"')])
+def test_what_arrow_and_python_choke_on_is_one_line(line: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path, "log.jsonl", (json.dumps(ROW) + "\n" + line + "\n").encode())
+    with pytest.raises(UserError, match=r"log.jsonl from row 0: a value cannot be read \(\w+Error"):
+        read_log(TableConfig(path, **BASE))
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     bad = CSV.encode() + b"1,\xff,2,x,T,home,1,10\n"
     with pytest.raises(UserError, match="row 3: sku is '.'; expected one value, in UTF-8"):

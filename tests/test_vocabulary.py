@@ -152,3 +152,15 @@ def test_numbers_are_float32_and_missing_ones_zero() -> None:
     table = _table(["x", "y"]).append_column("price", pa.array([2.5, None]))
     encoded = vocabulary.encode(table)["price"]
     assert (encoded.type, encoded.to_pylist()) == (pa.float32(), [2.5, 0.0])
+
+
+@pytest.mark.parametrize("words", [[[1, None], [2]], [None, [2]]])
+def test_tokens_are_numbers_without_a_gap(words: list) -> None:
+    schema = Schema((Field("user", "id"), Field("words", "tokens")))
+    vocabulary = Vocabulary.build(schema, count_values(schema, _table(["x"])))
+    table = _table(["x", "y"])
+    good = table.append_column("words", pa.array([[5], []], pa.list_(pa.int64())))
+    assert vocabulary.encode(good)["words"].to_pylist() == [[5], []]
+    bad = table.append_column("words", pa.array(words, pa.list_(pa.int64())))
+    with pytest.raises(UserError, match="field 'words': a list of tokens is missing or holds a nu"):
+        vocabulary.encode(bad)

@@ -117,7 +117,9 @@ def test_a_part_that_stops_stops_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "of"), [(4, 4), (-1, 2), (0, 0)])
 def test_a_part_is_one_of_them(number: int, of: int) -> None:
-    with pytest.raises(UserError, match=f"part {number}/{of}: the first is 0 and the last of - 1"):
+    with pytest.raises(
+        UserError, match=f"part {number}/{of}: of {max(of, 1)} parts the first is 0"
+    ):
         Part(number, of)
 
 
@@ -139,3 +141,41 @@ def test_cutting_keeps_each_group_in_order_and_bounds_what_waits(
         rows = [row for g, table in blocks if g == number for row in table["at"].to_pylist()]
         assert rows == np.flatnonzero(group == number).tolist()
     assert sum(len(table) for _, table in blocks) == len(groups)
+
+
+class _Grown(ToySource):
+    """A file that has changed since an earlier start."""
+
+    def state(self) -> list[object]:
+        return [["log.csv", 2_000, 0]]
+
+
+def test_input_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(_Killed(tmp_path / "go"), SCHEMA, SplitConfig(), out, block_rows=50)
+    with pytest.raises(UserError, match="begun with other choices .they differ in input files"):
+        write_shards(_Grown(toy_rows(), 5), SCHEMA, SplitConfig(), out, block_rows=50)
+
+
+def test_a_plan_under_which_nothing_was_done_gives_way(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    with pytest.raises(UserError, match="line 7 is wrong"):
+        write_shards(_Broken(toy_rows(), 1), SCHEMA, SplitConfig(), out, part=Part(0, 2))
+    index = write_shards(toy_source(), SCHEMA, SplitConfig(), out, block_rows=60)
+    assert index.rows == 1041
+
+
+def test_rows_that_fill_a_window_to_the_last_are_no_special_case() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "WINDOW", 50)
+        rows = (pa.table({"at": np.arange(50)}), np.zeros(50, np.int64))
+        assert [len(table) for _, table in pieces.cut(iter([rows]), 10)] == [10] * 5
+        assert list(pieces.cut(iter([(rows[0].slice(0, 0), rows[1][:0])]), 10)) == []
+
+
+def test_a_set_without_a_training_row_is_refused(tmp_path: Path) -> None:
+    split = SplitConfig("time", until={"train": -5, "test": 10})
+    with pytest.raises(UserError, match="no row is left in train .left out: .*look at the split"):
+        write_shards(toy_source(), SCHEMA, split, tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []

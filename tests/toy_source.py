@@ -38,6 +38,9 @@ class ToySource:
         for first in range(start, stop, 97):
             yield self.rows.slice(first, min(97, stop - first))
 
+    def state(self) -> list[Any]:
+        return []
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "toy", "rows": len(self.rows)}
 

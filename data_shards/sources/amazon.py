@@ -102,6 +102,11 @@ class Amazon:
                 own = rows.filter(pc.equal(rows["domain"], domain))
                 yield self._with_item(own, domain, dropped)
 
+    def state(self) -> list[Any]:
+        """Review and metadata files."""
+        paths = [path for files in self.config.files.values() for path in files.values()]
+        return [Files(path, "jsonl").states() for path in paths]
+
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the places where files lie."""
         return self.config.describe()

@@ -76,6 +76,12 @@ class MovieLens:
         for start in range(0, self._rows.num_rows, CHUNK_ROWS):
             yield self._rows.slice(start, CHUNK_ROWS)
 
+    def state(self) -> list[Any]:
+        """The zip, or the folder's files."""
+        path = Path(self.config.path)
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the place where they happen to lie."""
         config = self.config

@@ -87,6 +87,10 @@ class Planted:
         for start in range(piece * PIECE_ROWS, stop, TABLE_ROWS):
             yield self._table(Rows(self.config, start, min(start + TABLE_ROWS, stop)))
 
+    def state(self) -> list[Any]:
+        """Nothing is read."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """The whole config."""
         return asdict(self.config)

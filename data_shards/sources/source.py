@@ -24,6 +24,10 @@ class Source(Protocol):
         """The rows of a piece in a fixed order; `dropped` counts what is left out, by reason."""
         ...
 
+    def state(self) -> list[Any]:
+        """What tells that the input has changed: names, sizes and times of its files."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the place where they happen to lie."""
         ...

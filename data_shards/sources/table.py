@@ -127,6 +127,11 @@ class Table:
             if len(rows):
                 yield rows.select(["row_id", "domain", "label", "time", *self.names])
 
+    def state(self) -> list[Any]:
+        """Files of the log and of the joined tables."""
+        joined = [Files(join.path, join.format or None).states() for join in self.config.join]
+        return [self._log.files.states(), *joined]
+
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the places where files lie."""
         return self.config.describe()
@@ -184,10 +189,16 @@ class Log:
     def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
         """Rows in the order of the file."""
         where = self.files.pieces[piece]
-        for chunk in self.files.read(where, self._columns, self._bad_line(where.file, dropped)):
-            rows = self._rows(where.file, chunk, dropped)
-            if len(rows):
-                yield rows
+        try:
+            for chunk in self.files.read(where, self._columns, self._bad_line(where.file, dropped)):
+                rows = self._rows(where.file, chunk, dropped)
+                if len(rows):
+                    yield rows
+        except (pa.ArrowException, UnicodeError, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"{self.pieces()[piece]}: a value cannot be read ({type(error).__name__}: "
+                f"{error}); mend it, or give its column a plain type"
+            ) from error
 
     def _bad_line(self, file: int, dropped: Counter[str]) -> Callable[[int, str], None]:
         def bad_line(row: int, wrong: str) -> None:

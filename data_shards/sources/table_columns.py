@@ -202,7 +202,7 @@ def reader_of(field: Field, separator: str) -> tuple[Callable[[pa.Array], Read],
     if field.kind == "tokens":
         return lists_of(as_token, separator), "a list of token numbers"
     if field.multi:
-        hint = "a list of values (for text, separators says where to cut it)"
+        hint = f'a list of values (for text: data.source.separators = {{ {field.name} = "|" }})'
         return lists_of(as_text, separator), hint
     return as_text, "one value, in UTF-8"
 
