@@ -105,7 +105,9 @@ def live(toy: Path, sets: Path, output: Path) -> Story:
 
     def files(without: str = "") -> dict[str, str]:
         here().gather(None)
-        return digests(folder.path, ("trunk", "vocabulary", "adapters"), without)
+        found = digests(folder.path, ("trunk", "vocabulary", "adapters"), without)
+        here().gather(None)  # no rank goes on to change what another one still reads
+        return found
 
     told = {"unfinished": refused(lambda: add("games", toy / "added"))}
     with _watched(watched):
