@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_shards.durable import unfinished
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
 from data_shards.splits import SplitConfig, count_rows, split_of
 from data_shards.stratified import summed
-from data_shards.tar_writer import TarShards, unfinished
+from data_shards.tar_writer import TarShards
 from data_shards.vocabulary import ValueCounter, Vocabulary, save_counts
 
 WINDOW = 1 << 20  # encoded rows that are sorted into blocks together
@@ -103,12 +104,12 @@ def write_piece(job: Job, piece: int, tick: Tick) -> None:
     vocabulary = Vocabulary.load(
         job.folder / "vocabulary", job.schema, job.base_sizes, job.base_fingerprint
     )
-    numbers: dict[str, int] = {}  # of the domains, as they come
+    domains: list[str] = []  # as they come: a group is named by its domain's place here
     shards = TarShards(job.folder, piece, job.shard_bytes)
-    encoded = _encoded(job, vocabulary, _kept(job, piece, found, tick), numbers)
+    encoded = _encoded(job, vocabulary, _kept(job, piece, found, tick), domains)
     for group, table in cut(encoded, job.block_rows):
         domain, part = divmod(group, len(names))
-        shards.add(list(numbers)[domain], names[part], table)
+        shards.add(domains[domain], names[part], table)
     shards.close()
     result = {"blocks": [astuple(b) for b in shards.blocks], "shards": shards.sizes}
     _done(job, "blocks", piece, found, result)
@@ -155,18 +156,20 @@ def _encoded(
     job: Job,
     vocabulary: Vocabulary,
     rows: Iterator[tuple[pa.Table, np.ndarray]],
-    numbers: dict[str, int],
+    domains: list[str],
 ) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """(rows of a block's columns, group of each); `numbers` numbers the domains as they come."""
+    """(rows of a block's columns, group of each); new domains are appended to `domains`."""
+    numbers: dict[str, int] = {}
     for table, part in rows:
-        domains = table["domain"].combine_chunks().dictionary_encode()
-        names = domains.dictionary.to_pylist()
+        encoded_domain = table["domain"].combine_chunks().dictionary_encode()
+        names = encoded_domain.dictionary.to_pylist()
         places = np.array([numbers.setdefault(name, len(numbers)) for name in names])
+        domains.extend(list(numbers)[len(domains) :])
         columns = ["row_id", "label", "time"]
         columns += ["probability"] if "probability" in table.column_names else []
         columns += [one.name for one in job.schema.fields]
         encoded = vocabulary.encode(table).select(columns)
-        yield encoded, places[domains.indices.to_numpy()] * len(job.split.names) + part
+        yield encoded, places[encoded_domain.indices.to_numpy()] * len(job.split.names) + part
 
 
 def cut(

@@ -43,7 +43,7 @@ def do_pieces(
                 "start the same command again with fewer --jobs"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 _rows_done: "Synchronized[int] | None" = None

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.durable import flush
 from data_shards.errors import UserError
-from data_shards.tar_writer import flush
 
 _PLAN = "plan.json"
 

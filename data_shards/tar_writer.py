@@ -5,14 +5,13 @@
 
 import hashlib
 import io
-import os
 import tarfile
 from pathlib import Path
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_shards.durable import flush, unfinished
 from data_shards.index import Block
 
 _HEADER = 512
@@ -70,20 +69,6 @@ class TarShards:
             flush(self._beside)
             self.sizes[self._name] = self._beside.stat().st_size
             self._beside.replace(self.folder / self._name)
-
-
-def unfinished(path: Path) -> Path:
-    """A name beside `path` that no other writer has: on another machine a pid may be the same."""
-    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _ipc(table: pa.Table) -> memoryview:

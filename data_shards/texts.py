@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_shards.durable import flush
 from data_shards.errors import UserError
 from data_shards.prompts import text_id
 from data_shards.row_files import file_digest, load_manifest, mapped, require, save_json
-from data_shards.tar_writer import flush
 
 FORMAT = 1
 _CHUNK = 8192  # texts of a run that are in memory while it is merged

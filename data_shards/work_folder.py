@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_shards.durable import unfinished
 from data_shards.errors import InterruptedWriteError, UserError
 from data_shards.pieces import Job
-from data_shards.tar_writer import unfinished
 
 _PLAN = "plan.json"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_shards.durable import flush, unfinished
 from data_shards.errors import InterruptedWriteError, UserError, unknown
 from data_shards.index import Block, Index, VocabularyInfo
 from data_shards.pieces import (
@@ -30,7 +31,6 @@ from data_shards.processes import SAY_EVERY, Progress, Stage, do_pieces
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
 from data_shards.splits import SplitConfig, joined
-from data_shards.tar_writer import flush, unfinished
 from data_shards.vocabulary import Vocabulary, load_counts
 from data_shards.work_folder import work_folder
 

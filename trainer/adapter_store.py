@@ -22,6 +22,7 @@ import pyarrow as pa
 import safetensors.torch
 from torch import Tensor
 
+from data_shards.durable import flush
 from data_shards.errors import UserError, unknown
 
 FORMAT = 1
@@ -164,14 +165,14 @@ def _new_folder(home: Path) -> Iterator[Path]:
 
 def _publish(folder: Path, target: Path) -> bool:
     """Rename `folder` to `target` for good; False where another process has just made it."""
-    _sync(folder)
+    flush(folder)
     try:
         os.rename(folder, target)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         return False
-    _sync(target.parent)
+    flush(target.parent)
     return True
 
 
@@ -180,14 +181,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(content: bytes) -> str:

@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from data_shards import UserError
+from data_shards.durable import flush
 from embeddings import ShardedTables
 from trainer.ranks import Ranks, together
 
@@ -217,7 +218,7 @@ def _publish(temporary: Path, folder: Path, digests: Mapping[str, str]) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
-    _sync(folder.parent)
+    flush(folder.parent)
 
 
 def _write(path: Path, content: bytes) -> str:
@@ -226,14 +227,6 @@ def _write(path: Path, content: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
