@@ -3,8 +3,8 @@
     python -m benchmarks.loader
 
 One process, warm page cache, 20 id fields with label and domain. Ours is shuffled and checks every
-block's SHA-256; WebDataset is shuffled; Parquet is read in its own order. Sides take turns, so that
-the machine's other work falls on all of them alike.
+block, by SHA-256 in the first epoch; WebDataset is shuffled; Parquet is read in its own order, by
+all of Arrow's threads and by one. Sides take turns, so that the machine's other work falls on all.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from webdataset.compat import WebDataset
 
 from data_shards import (
@@ -38,7 +40,7 @@ from data_shards import (
     SplitConfig,
     write_shards,
 )
-from data_shards.batch import Columns, IdColumn
+from trainer.ranks import keep_freed_memory
 
 FIELDS = tuple(f"f{number}" for number in range(19)) + ("domain",)
 SCHEMA = Schema(tuple(Field(name, "id") for name in FIELDS))
@@ -64,6 +66,9 @@ class Drawn:
             columns[name] = _strings((values * rng.random(rows) ** 3).astype(np.int32))
         self.table = pa.table(columns)
 
+    def state(self) -> list[Any]:
+        return []
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "drawn", "rows": len(self.table)}
 
@@ -82,46 +87,51 @@ def _strings(numbers: np.ndarray) -> pa.Array:
     return pa.array(numbers).cast(pa.string())
 
 
-def ours(folder: Path, reading: Reading) -> Iterator[int]:
-    """Shuffled batches."""
-    for batch in Loader(folder, Rows(("train",)), reading, 0, 1).batches(Cursor()):
+def ours(loader: Loader) -> Iterator[int]:
+    """An epoch of shuffled batches."""
+    for batch in loader.batches(Cursor()):
         yield batch.rows
 
 
-def parquet(path: Path, batch: int) -> Iterator[int]:
+def parquet(path: Path, batch: int, threads: bool = True) -> Iterator[int]:
     """The same batches, unshuffled: row group after row group."""
     with pq.ParquetFile(path) as file:
         for number in range(file.num_row_groups):
-            columns = _columns(file.read_row_group(number))
-            rows = len(columns.label)
-            for start in range(0, rows, batch):
-                yield _batch(columns, start, min(start + batch, rows)).rows
+            columns = _columns(file.read_row_group(number, use_threads=threads))
+            for start in range(0, len(columns["label"]), batch):
+                yield len(_batch({k: v[start : start + batch] for k, v in columns.items()}).label)
 
 
-def _columns(table: pa.Table) -> Columns:
-    return Columns(
-        keys=FIELDS,
-        ids=tuple(IdColumn(table[name].to_numpy()) for name in FIELDS),
-        numbers=np.empty((len(table), 0), np.float32),
-        domain=table["domain"].to_numpy().astype(np.int64),
-        label=table["label"].to_numpy(),
-        row_id=table["row_id"].to_numpy(),
-        real=np.ones(len(table), bool),
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    return {name: table[name].to_numpy() for name in ("row_id", "label", *FIELDS)}
+
+
+def _batch(columns: dict[str, np.ndarray]) -> Batch:
+    rows = len(columns["label"])
+    values = np.concatenate([columns[name] for name in FIELDS], dtype=np.int64)
+    lengths = np.ones(len(FIELDS) * rows, np.int32)
+    ids = KeyedJaggedTensor(
+        list(FIELDS), torch.from_numpy(values), lengths=torch.from_numpy(lengths)
+    )
+    return Batch(
+        ids=ids,
+        numbers=torch.empty(rows, 0),
+        domain=torch.from_numpy(columns["domain"].astype(np.int64)),
+        label=torch.from_numpy(columns["label"]),
+        weight=torch.ones(rows),
+        row_id=torch.from_numpy(columns["row_id"]),
+        rows=rows,
     )
 
 
-def _batch(columns: Columns, start: int, stop: int) -> Batch:
-    return columns.batch(start, stop, stop - start)
-
-
-def gather(columns: Columns, batch: int) -> Iterator[int]:
+def gather(columns: dict[str, np.ndarray], batch: int) -> Iterator[int]:
     """Everything in memory: a permutation and one gather per batch."""
-    order = np.random.default_rng(1).permutation(len(columns.label))
-    ids = np.stack([column.values for column in columns.ids])
+    order = np.random.default_rng(1).permutation(len(columns["label"]))
+    ids = np.stack([columns[name] for name in FIELDS])
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
         values = torch.from_numpy(ids[:, rows].astype(np.int64))
-        yield len(torch.from_numpy(columns.label[rows])) if len(values) else 0
+        yield len(torch.from_numpy(columns["label"][rows])) if len(values) else 0
 
 
 def copy(size: int, rows: int) -> Side:
@@ -180,7 +190,7 @@ def _writing(source: Drawn, folder: Path) -> dict[str, Side]:
 
     def shards() -> Iterator[int]:
         out = folder / f"written-{time.monotonic_ns()}"
-        yield write_shards(source, SCHEMA, TRAIN, out).rows  # pyright: ignore[reportArgumentType]
+        yield write_shards(source, SCHEMA, TRAIN, out).rows
 
     def raw() -> Iterator[int]:
         with pq.ParquetWriter(folder / "raw.parquet", source.table.schema) as writer:
@@ -194,7 +204,7 @@ def _writing(source: Drawn, folder: Path) -> dict[str, Side]:
 def main() -> None:
     """Write all forms into a temporary folder and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--json-rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -204,22 +214,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         source, shards = Drawn(args.rows), root / "shards"
-        index: Index = write_shards(source, SCHEMA, TRAIN, shards)  # pyright: ignore
+        index: Index = write_shards(source, SCHEMA, TRAIN, shards)
         reader = ShardReader(shards, index)
         table = pa.concat_tables([reader.read(block) for block in index.blocks])
         pq.write_table(table.drop(["time"]), root / "rows.parquet", row_group_size=ROW_GROUP)
         _write_json_members(root / "rows.tar", table.slice(0, args.json_rows))
         size = sum(block.bytes for block in index.blocks)
         print(f"{index.rows:,} rows, {len(FIELDS)} id fields, {size / index.rows:.0f} bytes a row")
-        print("shards", args.batch, "a batch;", "last column: loader, mixed / this side")
+        print("shards", args.batch, "a batch;", "last column: first line / this side")
         mixed = Reading(global_batch=args.batch, threads=args.threads)
-        pure = Reading(global_batch=args.batch, threads=args.threads, sampler="domain_pure")
+
+        def loader(reading: Reading) -> Loader:
+            return Loader(shards, Rows(("train",)), reading, 0, 1)
+
+        known, pure = loader(mixed), loader(replace(mixed, sampler="domain_pure"))
         memory = _columns(table.combine_chunks())
+        keep_freed_memory()  # as a training process does
         sides: dict[str, Side] = {
-            "loader, mixed, shuffled": lambda: ours(shards, mixed),
-            "loader, domain_pure, shuffled": lambda: ours(shards, pure),
+            "loader, mixed, first epoch": lambda: ours(loader(mixed)),
+            "loader, mixed, later epochs": lambda: ours(known),
+            "loader, domain_pure, later epochs": lambda: ours(pure),
             "pyarrow, Parquet row groups, in order": lambda: parquet(
                 root / "rows.parquet", args.batch
+            ),
+            "pyarrow, the same, one thread": lambda: parquet(
+                root / "rows.parquet", args.batch, threads=False
             ),
             "numpy gather, all rows in memory": lambda: gather(memory, args.batch),
             "copy of the blocks' bytes": copy(size, index.rows),

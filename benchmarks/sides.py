@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from benchmarks.measure import Side
 from benchmarks.peer import Rows as PeerRows
-from data_shards import Batch, Cursor, Field, Loader, Rows, Schema
-from data_shards.batch import Columns, IdColumn
+from data_shards import Batch, Cursor, Field, Loader, Rows, Schema, encode_batch
 from embeddings import Embedder
-from models import Method
+from models import Features, Method
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.fit import Trainee
@@ -100,7 +100,7 @@ def dense_alone(trunk: Trunk, batches: Sequence[Batch]) -> Callable[[], None]:
 
     def run() -> None:
         for batch in batches:
-            logit = method(embedded, batch.numbers, slot)
+            logit = method(Features(embedded, batch.numbers, slot))
             method.loss(logit, batch.label, batch.weight, batch.rows).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -136,17 +136,15 @@ def synthetic_trunk(setting: Setting, fields: int, rows: int) -> Trunk:
 
 def synthetic_batches(trunk: Trunk, number: int) -> list[Batch]:
     """Uniform ids: the worst case for caches, real ones are skewed."""
-    rng, rows = np.random.default_rng(1), BATCH * number
-    columns = Columns(
-        keys=tuple(trunk.rows),
-        ids=tuple(IdColumn(rng.integers(0, size, rows)) for size in trunk.rows.values()),
-        numbers=np.empty((rows, 0), np.float32),
-        domain=np.zeros(rows, np.int64),
-        label=(rng.random(rows) < 0.2).astype(np.float32),
-        row_id=np.arange(rows),
-        real=np.ones(rows, bool),
-    )
-    return [columns.batch(i * BATCH, (i + 1) * BATCH, BATCH) for i in range(number)]
+    rng = np.random.default_rng(1)
+    ids = {key: rng.integers(0, size, BATCH * number) for key, size in trunk.rows.items()}
+    label = (rng.random(BATCH * number) < 0.2).astype(np.float32)
+    rows = pa.table({"row_id": np.arange(len(label)), "label": label, **ids})
+    domain = np.zeros(BATCH, np.int64)
+    return [
+        encode_batch(trunk.schema, rows.slice(start, BATCH), domain)
+        for start in range(0, len(rows), BATCH)
+    ]
 
 
 def adapted(trunk: Trunk, count: int) -> Method:
@@ -171,5 +169,5 @@ def learn(model: Model, method: Method, batches: Sequence[Batch], slots: Tensor)
     method.train()
     for batch in batches:
         method.zero_grad()
-        logit = model.logits(batch, slots, False)
+        logit = model.outputs(model.send(batch, slots, False))
         method.loss(logit, batch.label, batch.weight, batch.rows).backward()

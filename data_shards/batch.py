@@ -4,7 +4,7 @@ Shapes: B rows of this rank, F keys, n numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from data_shards.gather import gather
+from data_shards.order import ROW_BITS, ROW_MASK
 from data_shards.schema import Field, Schema
 
 
@@ -58,67 +60,125 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class IdColumn:
-    """Ids of many rows: row i holds values[offsets[i]:offsets[i + 1]], or one value each (None)."""
+class Lists:
+    """Lists of many rows: row i holds values[offsets[i]:offsets[i + 1]]."""
 
     values: np.ndarray
-    offsets: np.ndarray | None = None
+    offsets: np.ndarray
 
-    def rows(self, start: int, stop: int, real: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """(values, lengths) of some rows; those not `real` have none (None: all are)."""
-        if self.offsets is None:
-            values, lengths = self.values[start:stop], _ones(stop - start)
-        else:
-            offsets = self.offsets[start : stop + 1]
-            values, lengths = self.values[offsets[0] : offsets[-1]], np.diff(offsets)
-        return (values, lengths) if real is None else (values[real.repeat(lengths)], lengths * real)
-
-
-@lru_cache
-def _ones(rows: int) -> np.ndarray:
-    return np.ones(rows, np.int32)
+    def rows(self, start: int, stop: int, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(values, lengths) of some rows; those not `real` have none."""
+        offsets = self.offsets[start : stop + 1]
+        values, lengths = self.values[offsets[0] : offsets[-1]], np.diff(offsets)
+        return values[real.repeat(lengths)], lengths * real
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Encoded rows as plain arrays; ids in key order, `numbers` [rows, n], `real` marks padding."""
+    """The rows of some steps. `ids`, `numbers`, `label` and `row_id` are [columns, share] for each
+    step; ids are those with one value, the others are among the `lists`, as are tokens."""
 
-    keys: tuple[str, ...]
-    ids: tuple[IdColumn, ...]
-    numbers: np.ndarray
+    schema: Schema
+    ids: Sequence[np.ndarray]
+    numbers: Sequence[np.ndarray]
+    label: Sequence[np.ndarray]
+    row_id: Sequence[np.ndarray]
     domain: np.ndarray
-    label: np.ndarray
-    row_id: np.ndarray
+    """[steps, share], as is `real`, which is False for padding."""
     real: np.ndarray
-    tokens: Mapping[str, IdColumn] = field(default_factory=dict)
+    lists: Mapping[str, Lists]
+    """By field: the rows of all steps, end to end."""
     sidecars: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By column: [steps, share]."""
 
-    def batch(self, start: int, stop: int, rows: int) -> Batch:
-        """The rows [start, stop) as a batch whose global batch has `rows` real rows."""
-        real = self.real[start:stop]
-        some = None if real.all() else real
-        values, lengths = zip(*(ids.rows(start, stop, some) for ids in self.ids), strict=True)
+    def batch(self, step: int, rows: int) -> Batch:
+        """The rows of one step as a batch whose global batch has `rows` real rows."""
+        real = self.real[step]
         return Batch(
-            ids=KeyedJaggedTensor(
-                keys=list(self.keys),
-                values=_joined(values, np.int64),
-                lengths=_joined(lengths, np.int32),
-                stride=stop - start,
-            ),
-            numbers=torch.from_numpy(self.numbers[start:stop]),
-            domain=torch.from_numpy(self.domain[start:stop]),
-            label=torch.from_numpy(self.label[start:stop]),
+            ids=self._keyed(step),
+            numbers=torch.from_numpy(self.numbers[step].T),
+            domain=torch.from_numpy(self.domain[step]),
+            label=torch.from_numpy(self.label[step][0]),
             weight=torch.from_numpy(real.astype(np.float32)),
-            row_id=torch.from_numpy(self.row_id[start:stop]),
+            row_id=torch.from_numpy(self.row_id[step][0]),
             rows=rows,
-            tokens={
-                name: _jagged(*column.rows(start, stop, some))
-                for name, column in self.tokens.items()
-            },
-            columns={
-                name: torch.from_numpy(column[start:stop]) for name, column in self.sidecars.items()
-            },
+            tokens={f.name: _jagged(*self._list(f, step)) for f in self.schema.tokens},
+            columns={k: torch.from_numpy(column[step]) for k, column in self.sidecars.items()},
         )
+
+    def _keyed(self, step: int) -> KeyedJaggedTensor:
+        fields, ids, real = self.schema.ids, self.ids[step], self.real[step]
+        if len(ids) == len(fields) and real.all():
+            values, lengths = torch.from_numpy(ids.reshape(-1)), _ones(ids.size)
+        else:
+            single = iter(ids)
+            parts = [self._list(f, step) if f.multi else (next(single)[real], real) for f in fields]
+            values, lengths = zip(*parts, strict=True)
+            values, lengths = _joined(values, np.int64), _joined(lengths, np.int32)
+        keys = [f.name for f in fields]
+        return KeyedJaggedTensor(keys, values, lengths=lengths, stride=len(real))
+
+    def _list(self, field: Field, step: int) -> tuple[np.ndarray, np.ndarray]:
+        share = len(self.real[step])
+        return self.lists[field.name].rows(step * share, (step + 1) * share, self.real[step])
+
+
+@lru_cache
+def _ones(rows: int) -> Tensor:
+    return torch.ones(rows, dtype=torch.int32)
+
+
+def columns_of(
+    schema: Schema,
+    tables: Sequence[pa.Table],
+    first: np.ndarray,
+    place: np.ndarray,
+    edges: np.ndarray,
+    domain: np.ndarray,
+) -> Columns:
+    """The rows at `place` [steps, share] (see `order.Window`) of these tables of one chunk.
+
+    Row 0 of a place's table is its row `first[table]`; `domain` is per table.
+    """
+    real = place >= 0
+    arrays = [_arrays(table) for table in tables]
+
+    def laid(names: Sequence[str], kind: type[np.generic], blank: int = 0) -> list[np.ndarray]:
+        columns = [[table[name] for table in arrays] for name in names]
+        return gather(columns, first, place, edges, kind, blank)
+
+    several = [f.name for f in schema.fields if f.multi or f.kind == "tokens"]
+    return Columns(
+        schema=schema,
+        ids=laid([f.name for f in schema.ids if not f.multi], np.int64),
+        numbers=laid([f.name for f in schema.numbers], np.float32),
+        label=laid(["label"], np.float32),
+        row_id=laid(["row_id"], np.int64, -1),
+        domain=np.where(real, domain[np.maximum(place, 0) >> ROW_BITS], 0),
+        real=real,
+        lists=_lists(tables, several, first, place),
+    )
+
+
+def _arrays(table: pa.Table) -> dict[str, pa.Array]:
+    """The columns of a table of one chunk, which it hands out faster all at once."""
+    return dict(zip(table.column_names, table.to_batches()[0].columns, strict=True))
+
+
+def _lists(
+    tables: Sequence[pa.Table], names: Sequence[str], first: np.ndarray, place: np.ndarray
+) -> dict[str, Lists]:
+    """Of padding any row's list."""
+    if not names:
+        return {}
+    ends = np.cumsum([0, *(len(table) for table in tables)])
+    where = np.maximum(place.reshape(-1), 0)
+    take = pa.array((ends[:-1] + first)[where >> ROW_BITS] + (where & ROW_MASK))
+    joined = pa.concat_tables([table.select(names) for table in tables]).combine_chunks()
+    taken = {name: joined[name].chunk(0).take(take) for name in names}
+    return {
+        k: Lists(lists.values.to_numpy(), lists.offsets.to_numpy()) for k, lists in taken.items()
+    }
 
 
 def _joined(parts: Sequence[np.ndarray], kind: type[np.generic]) -> Tensor:
@@ -129,73 +189,12 @@ def _jagged(values: np.ndarray, lengths: np.ndarray) -> JaggedTensor:
     return JaggedTensor(_joined([values], np.int64), lengths=_joined([lengths], np.int32))
 
 
-def gather(
-    schema: Schema,
-    tables: Sequence[pa.Table],
-    take: np.ndarray,
-    domain: np.ndarray,
-    real: np.ndarray,
-) -> Columns:
-    """The rows `take` of the tables laid end to end; `domain` and `real` are per taken row.
-
-    Rows that are not `real` must be those of a `reader.blank_row`.
-    """
-    read = [f.name for f in schema.fields if f.kind != "text"]
-    selected = [table.select(["row_id", "label", *read]) for table in tables]
-    # one copy of everything in C++, so that each column is one array
-    table = pa.concat_tables(selected).combine_chunks()
-    return Columns(
-        keys=tuple(field.name for field in schema.ids),
-        ids=_ids(schema, table, take),
-        numbers=_numbers(schema, table, take),
-        domain=domain,
-        label=_taken(table, "label", take),
-        row_id=_taken(table, "row_id", take),
-        real=real,
-        tokens={f.name: _lists(f, table, take) for f in schema.tokens},
-    )
-
-
-def _array(table: pa.Table, name: str) -> pa.Array:
-    column = table[name]
-    return column.chunk(0) if column.num_chunks else column.combine_chunks()
-
-
-def _taken(
-    table: pa.Table, name: str, take: np.ndarray, out: np.ndarray | None = None
-) -> np.ndarray:
-    # "clip" goes straight into the result; "raise" goes through a buffer
-    return _array(table, name).to_numpy().take(take, out=out, mode="clip")
-
-
-def _ids(schema: Schema, table: pa.Table, take: np.ndarray) -> tuple[IdColumn, ...]:
-    # one large array instead of many: its pages are cheaper to come by
-    values = np.empty((len(schema.ids), len(take)), np.int32)
-    return tuple(
-        _lists(field, table, take)
-        if field.multi
-        else IdColumn(_taken(table, field.name, take, out))
-        for field, out in zip(schema.ids, values, strict=True)
-    )
-
-
-def _lists(field: Field, table: pa.Table, take: np.ndarray) -> IdColumn:
-    lists = _array(table, field.name).take(pa.array(take))
-    return IdColumn(lists.values.to_numpy(), lists.offsets.to_numpy())
-
-
-def _numbers(schema: Schema, table: pa.Table, take: np.ndarray) -> np.ndarray:
-    numbers = np.empty((len(take), len(schema.numbers)), np.float32)
-    for place, number in enumerate(schema.numbers):
-        numbers[:, place] = _taken(table, number.name, take)
-    return numbers
-
-
 def encode_batch(schema: Schema, table: pa.Table, domain: np.ndarray) -> Batch:
     """An encoded table (`Vocabulary.encode`) with label and row_id as one batch, without padding.
 
     `domain` is per row the index that the model knows it by.
     """
     rows = len(table)
-    columns = gather(schema, [table], np.arange(rows), domain, np.ones(rows, bool))
-    return columns.batch(0, rows, rows)
+    place, zero = np.arange(rows)[None], np.zeros(1, np.int64)
+    columns = columns_of(schema, [table.combine_chunks()], zero, place, np.array([0, rows]), zero)
+    return replace(columns, domain=domain[None]).batch(0, rows)

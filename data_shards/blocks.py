@@ -103,10 +103,17 @@ def choose(
 
 
 def require_one_schema(folders: Sequence[Path | str], indexes: Sequence[Index]) -> None:
-    """UserError unless all sets have the same fields and the ids of one vocabulary."""
+    """UserError unless all sets have the same fields, the ids of one vocabulary, and other rows."""
     if not indexes:
         raise UserError("no shard set is given; name one folder at least")
-    for folder, index in zip(folders[1:], indexes[1:], strict=True):
+    known: dict[str, Path | str] = {}
+    for folder, index in zip(folders, indexes, strict=True):
+        if index.fingerprint in known:
+            raise UserError(
+                f"{folder}: is {known[index.fingerprint]} or a copy of it, whose rows would be "
+                "read twice; name it once"
+            )
+        known[index.fingerprint] = folder
         index.require_schema(indexes[0].schema)
         if index.vocabulary.trunk != indexes[0].vocabulary.trunk:
             raise UserError(

@@ -79,7 +79,7 @@ class Index:
         """Place of each block's first row among the rows of the set."""
         return np.cumsum([0, *(block.rows for block in self.blocks)])[:-1]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything in the index, and so of every block's content."""
         return hashlib.sha256(canonical(self._content())).hexdigest()

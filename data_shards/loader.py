@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data_shards.batch import Batch, Columns, gather
+from data_shards.batch import Batch, Columns, columns_of
 from data_shards.blocks import Blocks, Skipped, choose, require_one_schema
 from data_shards.errors import UserError
 from data_shards.index import Index
@@ -63,7 +63,6 @@ class Loader:
         self.reading = reading
         self.shuffle = shuffle
         self._lanes = tuple((rank + i) * reading.lanes // world_size for i in (0, 1))
-        self._share = reading.global_batch // world_size
         chosen = choose(folders, self.indexes, rows, _cache(reading))
         self._blocks = Blocks(chosen, reading.corrupt, say)
         of_sets = [(reader.index, block) for reader, block in chosen]
@@ -106,12 +105,11 @@ class Loader:
         ):
             for step in todo:
                 number, own = int(plan.order[step]), int(plan.step[step])
-                if number not in current or own >= _end(current[number][0]):
+                if number not in current or own >= current[number][0].end:
                     current[number] = next(windows)
                 window, columns = current[number]
-                start = (own - window.first_step) * self._share
                 rows = streams[number].order.rows_in_step(own)
-                yield columns.batch(start, start + self._share, rows)
+                yield columns.batch(own - window.first_step, rows)
 
     def _streams(self, epoch: int) -> list[_Stream]:
         pieces = self._pieces(epoch)
@@ -164,7 +162,7 @@ class Loader:
             needed = streams[number].pieces.block[window.blocks] if window.real.any() else []
             # blocks that the next window may need again
             kept[number] = self._read(needed, kept[number], pool)
-            ends[number] = _end(window)
+            ends[number] = window.end
             yield streams[number], window, kept[number]
 
     def _read(self, numbers: Sequence[int] | np.ndarray, before: Tables, pool: Executor) -> Tables:
@@ -175,28 +173,23 @@ class Loader:
         return {number: found[number] for number in needed}
 
     def _gather(self, stream: _Stream, window: Window, tables: Tables) -> tuple[Window, Columns]:
-        """The rows of a window; where there is none, or its block was left out, a blank one."""
-        pieces, blocks = stream.pieces, window.blocks
-        numbers, first = pieces.block[blocks], pieces.first[blocks]
-        good = {number: table for number, table in tables.items() if table is not None}
-        ends = np.cumsum([0, *(len(table) for table in good.values())])
-        starts = dict(zip(good, ends, strict=False))
-        lost = np.array([number not in good for number in numbers])
-        offset = np.array([starts.get(number, 0) for number in numbers]) + first
-        take = offset[window.which] + window.row
-        domain = self._blocks.domain[numbers][window.which]
-        real = window.real & ~lost[window.which] if lost.any() else window.real
-        take[~real], domain[~real] = ends[-1], 0  # the blank row is the last
-        found = [*good.values(), self._blank]
-        columns = gather(self.schema, found, take, domain, real)
+        """The rows of a window; those whose block was left out are padding."""
+        numbers, first = (
+            part[window.blocks] for part in (stream.pieces.block, stream.pieces.first)
+        )
+        found = [tables.get(number) for number in numbers.tolist()]
+        lost = np.array([table is None for table in found])
+        if lost.any():
+            window = replace(window, place=np.where(lost[window.which], -1, window.place))
+            first = np.where(lost, 0, first)  # the blank table has one row
+        some = [self._blank if table is None else table for table in found]
+        domain = self._blocks.domain[numbers]
+        columns = columns_of(self.schema, some, first, window.place, window.edges, domain)
         if self._sidecars is None:
             return window, columns
-        places = numbers[window.which], first[window.which] + window.row
-        return window, replace(columns, sidecars=self._sidecars.gather(*places, real))
-
-
-def _end(window: Window) -> int:
-    return window.first_step + window.steps
+        which, rows = window.which, first[window.which] + window.row
+        sidecars = self._sidecars.gather(numbers[which], rows, window.real)
+        return window, replace(columns, sidecars=sidecars)
 
 
 def _read_ahead(items: Iterator[T]) -> Generator[T]:

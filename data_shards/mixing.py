@@ -61,20 +61,17 @@ def domain_epoch(domain: str, whole: Pieces, quota: int, seed: int, epoch: int) 
     """What an epoch reads of a domain whose blocks are `whole`."""
     size = int(whole.rows.sum())
     start, stop = epoch * quota, (epoch + 1) * quota
-    first, last = start // size, -(-stop // size)
-    order = np.concatenate(
-        [
-            np.empty(0, np.int64),
-            *(_order(domain, len(whole.rows), seed, k) for k in range(first, last)),
-        ]
-    )
-    passes = Pieces(whole.block[order], whole.first[order], whole.rows[order])
-    return passes.cut(start - first * size, stop - first * size)
+    passes = range(start // size, -(-stop // size))
+    order = _orders(domain, len(whole.rows), seed, passes)
+    read = Pieces(whole.block[order], whole.first[order], whole.rows[order])
+    return read.cut(start - passes.start * size, stop - passes.start * size)
 
 
-def _order(domain: str, blocks: int, seed: int, number: int) -> np.ndarray:
-    """In which order pass `number` of a domain takes its blocks."""
+def _orders(domain: str, blocks: int, seed: int, passes: range) -> np.ndarray:
+    """In which order these passes of a domain take its blocks, one after the other."""
     if blocks == 1:  # a tiny domain is passed over very often
-        return np.zeros(1, np.int64)
+        return np.zeros(len(passes), np.int64)
     name = int.from_bytes(hashlib.sha256(domain.encode()).digest()[:8], "little")
-    return np.random.default_rng([seed, number, 0, _PASS, name]).permutation(blocks)
+    seeds = ([seed, number, 0, _PASS, name] for number in passes)
+    orders = [np.random.default_rng(seed).permutation(blocks) for seed in seeds]
+    return np.concatenate([np.empty(0, np.int64), *orders])

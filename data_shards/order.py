@@ -13,32 +13,45 @@ from functools import cached_property
 
 import numpy as np
 
-# Tags keep the random streams apart: seeds are padded with zeros, so [1, 0] equals [1, 0, 0].
+from data_shards.permute import permute
+
+# Tags keep the random orders apart.
 _BLOCKS, _ROWS, _STEPS = 1, 2, 3
-# A place is one number, so that it is permuted in one go: a block above these bits, a row in them.
-_ROW = 32
-_ROW_MASK = (1 << _ROW) - 1
+ROW_BITS = 32
+"""A place is one number, so that it is permuted in one go: a block above these bits, a row in them;
+-1 is padding."""
+ROW_MASK = (1 << ROW_BITS) - 1
 
 
 @dataclass(frozen=True)
 class Window:
-    """Places of some steps, `rows_per_step` each, step after step; not `real` is padding.
-
-    `blocks` are those that the window touches, one may stand there twice; `which` of them and which
-    `row` of it are per place.
-    """
+    """Places [steps, share] of some steps, in the `blocks` that they touch, one of which may stand
+    there twice; `edges` [lanes + 1] are the lanes' bounds in a step."""
 
     first_step: int
-    steps: int
     blocks: np.ndarray
-    which: np.ndarray
-    row: np.ndarray
-    real: np.ndarray
+    place: np.ndarray
+    edges: np.ndarray
 
     @property
-    def block(self) -> np.ndarray:
-        """The block of each place."""
-        return self.blocks[self.which]
+    def end(self) -> int:
+        """The step after the last one."""
+        return self.first_step + len(self.place)
+
+    @property
+    def real(self) -> np.ndarray:
+        """Whether a place is no padding."""
+        return self.place >= 0
+
+    @property
+    def which(self) -> np.ndarray:
+        """Which of `blocks` each place is in; 0 for padding."""
+        return np.maximum(self.place, 0) >> ROW_BITS
+
+    @property
+    def row(self) -> np.ndarray:
+        """The row of its block that each place is; 0 for padding."""
+        return np.maximum(self.place, 0) & ROW_MASK
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,28 +90,24 @@ class EpochOrder:
         """The places of window `number` that the lanes [lane_start, lane_stop) fill."""
         first = number * self.window_steps
         steps = min(self.window_steps, self.steps - first)
-        blocks, lanes = [], []
-        for lane in range(lane_start, lane_stop):
-            own, places = self._lane(lane, number, steps, len(blocks))
-            blocks += own
-            lanes.append(places)
-        place = np.concatenate(lanes, axis=1).reshape(-1)
-        real = place >= 0
-        place[~real] = 0
-        return Window(first, steps, np.array(blocks or [0]), place >> _ROW, place & _ROW_MASK, real)
+        edges = np.arange(lane_start, lane_stop + 1) * self.global_batch // self.lanes
+        edges -= edges[0]
+        place = np.empty((steps, edges[-1]), np.int64)
+        blocks: list[int] = []
+        for lane, begin, end in zip(range(lane_start, lane_stop), edges, edges[1:], strict=False):
+            blocks += self._lane(lane, number, len(blocks), place[:, begin:end])
+        return Window(first, np.array(blocks or [0]), place, edges)
 
-    def _lane(self, lane: int, number: int, steps: int, seen: int) -> tuple[list[int], np.ndarray]:
-        """(blocks, places [steps, share]): a place is (seen + which block) << _ROW | row, or -1."""
+    def _lane(self, lane: int, number: int, seen: int, out: np.ndarray) -> list[int]:
+        """The blocks of a lane's rows; their places go into `out` [steps, share]."""
         start, stop = (place * self.global_batch // self.lanes for place in (lane, lane + 1))
-        share = stop - start
         begin, end = (self.rows * place // self.global_batch for place in (start, stop))
-        begin += number * self.window_steps * share
-        blocks, rows = self._stretch(begin, min(begin + steps * share, end), seen)
+        begin += number * self.window_steps * (stop - start)
+        blocks, rows = self._stretch(begin, min(begin + out.size, end), seen)
         if self.shuffle:
-            rows = self._rng(_ROWS, lane, number).permutation(rows)
-        places = np.full(steps * share, -1, np.int64)
-        places[: len(rows)] = rows
-        return blocks, places.reshape(steps, share)
+            permute(rows, *self._key, _ROWS, lane, number)
+        out[:] = np.pad(rows, (0, out.size - len(rows)), constant_values=-1).reshape(out.shape)
+        return blocks
 
     def _stretch(self, begin: int, end: int, seen: int) -> tuple[list[int], np.ndarray]:
         """(blocks, places) of the neighbours [begin, end) in the virtual sequence."""
@@ -107,16 +116,19 @@ class EpochOrder:
         low, high = np.searchsorted(self._starts, (begin, end - 1), side="right")
         starts = self._starts[low - 1 : high]
         counts = np.diff([begin, *starts[1:], end])
-        first = (np.arange(seen, seen + len(starts)) << _ROW) - starts
+        first = (np.arange(seen, seen + len(starts)) << ROW_BITS) - starts
         return self._blocks[low - 1 : high].tolist(), np.arange(begin, end) + first.repeat(counts)
 
-    def _rng(self, *tags: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.epoch, self.stream, *tags])
+    @property
+    def _key(self) -> tuple[int, ...]:
+        return self.seed, self.epoch, self.stream
 
     @cached_property
     def _blocks(self) -> np.ndarray:
-        count = len(self.block_rows)
-        return self._rng(_BLOCKS).permutation(count) if self.shuffle else np.arange(count)
+        blocks = np.arange(len(self.block_rows))
+        if self.shuffle:
+            permute(blocks, *self._key, _BLOCKS)
+        return blocks
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -136,7 +148,7 @@ def schedule(steps: Sequence[int], seed: int, epoch: int, shuffle: bool) -> Sche
     """Mix the steps of several orders, each in its own sequence, into one epoch."""
     order = np.repeat(np.arange(len(steps)), steps)
     if shuffle:
-        order = np.random.default_rng([seed, epoch, 0, _STEPS]).permutation(order)
+        permute(order, seed, epoch, 0, _STEPS)
     step = np.empty_like(order)
     step[np.argsort(order, kind="stable")] = np.concatenate([np.arange(n) for n in steps])
     return Schedule(order, step)

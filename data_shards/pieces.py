@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_shards.durable import unfinished
+from data_shards.prompted import Prompter
+from data_shards.row_ids import RowIds
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
 from data_shards.splits import SplitConfig, count_rows, split_of
@@ -32,7 +34,7 @@ WINDOW_BYTES = 256 << 20  # or fewer of them: long texts
 MOST_WAITING = (
     1 << 20
 )  # rows that may wait for their block to fill; then the largest blocks go short
-COUNTS = "counts.arrow"
+COUNTS, BEFORE = "counts.arrow", "before"
 Tick = Callable[[int], None]
 
 
@@ -50,14 +52,24 @@ class Job:
     hold_out: tuple[str, ...]
     base_sizes: dict[str, int] | None
     base_fingerprint: str | None
+    prompter: Prompter | None = None
 
     def keeps(self, domain: str) -> bool:
         """Whether the set holds this domain."""
         return domain not in self.hold_out and (not self.only or domain in self.only)
 
+    def describe_source(self) -> dict[str, Any]:
+        """What decides the rows, their prompts among it."""
+        prompt = {"prompt": self.prompter.describe()} if self.prompter else {}
+        return self.source.describe() | prompt
+
     def result(self, stage: str, piece: int) -> Path:
         """The file whose presence says that the stage is done for the piece."""
         return self.folder / f"{stage}-{piece:05d}.json"
+
+    def table(self, stage: str, piece: int) -> Path:
+        """The Arrow file that a stage leaves for the piece."""
+        return self.folder / f"{stage}-{piece:05d}.arrow"
 
 
 @dataclass
@@ -76,14 +88,8 @@ def count_piece(job: Job, piece: int, tick: Tick) -> None:
         counts.append(count_rows(job.split, table))
         if len(counts) == 64:
             counts = [summed(counts)]
-    path = job.folder / f"rows-{piece:05d}.arrow"
-    whole = summed(counts) if counts else _NO_ROWS
-    write_table(path, whole)
+    write_table(job.table("rows", piece), summed(counts))
     _done(job, "rows", piece, found, {})
-
-
-_NO_ROWS = pa.table({"domain": pa.array([], pa.string()), "key": pa.array([], pa.int64())})
-_NO_ROWS = _NO_ROWS.append_column("count", pa.array([], pa.int64()))
 
 
 def values_piece(job: Job, piece: int, tick: Tick) -> None:
@@ -106,13 +112,37 @@ def write_piece(job: Job, piece: int, tick: Tick) -> None:
     )
     domains: list[str] = []  # as they come: a group is named by its domain's place here
     shards = TarShards(job.folder, piece, job.shard_bytes)
-    encoded = _encoded(job, vocabulary, _kept(job, piece, found, tick), domains)
+    ids = RowIds(job.folder, piece, job.source.pieces())
+    rows = _noted(ids, _prompted(job, found, _kept(job, piece, found, tick)))
+    encoded = _encoded(job, vocabulary, rows, domains)
     for group, table in cut(encoded, job.block_rows):
         domain, part = divmod(group, len(names))
         shards.add(domains[domain], names[part], table)
     shards.close()
-    result = {"blocks": [astuple(b) for b in shards.blocks], "shards": shards.sizes}
+    ids.close()
+    result = {
+        "blocks": [astuple(block) for block in shards.blocks],
+        "shards": shards.sizes,
+        "ids": [astuple(run) for run in ids.runs],
+    }
     _done(job, "blocks", piece, found, result)
+
+
+def _noted(
+    ids: RowIds, rows: Iterator[tuple[pa.Table, np.ndarray]]
+) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The same rows, their ids noted."""
+    for table, part in rows:
+        ids.add(table["row_id"].to_numpy())
+        yield table, part
+
+
+def _prompted(
+    job: Job, found: Found, rows: Iterator[tuple[pa.Table, np.ndarray]]
+) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The same rows, with tokens where the set has prompts."""
+    for table, part in rows:
+        yield job.prompter.add(table, found.dropped) if job.prompter else table, part
 
 
 def _tables(job: Job, piece: int, found: Found, tick: Tick) -> Iterator[pa.Table]:
@@ -127,7 +157,8 @@ def _tables(job: Job, piece: int, found: Found, tick: Tick) -> Iterator[pa.Table
 def _kept(job: Job, piece: int, found: Found, tick: Tick) -> Iterator[tuple[pa.Table, np.ndarray]]:
     """(raw rows that the set holds, the part of each)."""
     counts = _counts(job) if job.split.counted else None
-    split = split_of(job.split, counts, piece)
+    standing = read_table(job.table(BEFORE, piece)) if job.split.by == "per_domain" else None
+    split = split_of(job.split, counts, standing)
     for table in _tables(job, piece, found, tick):
         part = split.parts(table)
         domains = table["domain"].combine_chunks().dictionary_encode()

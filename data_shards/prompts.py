@@ -19,6 +19,7 @@ in the released code. Runs of blanks and control characters become one blank.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from data_shards.hashing import xxh64
 from data_shards.schema import Field
 
 Side = Literal["user", "item", "context"]
+Change = Callable[[pa.Array], pa.Array]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class PromptConfig:
     sides: tuple[Side, ...] = ("user", "item", "context")
     """The parts to write; they stand in the template's order."""
     max_words: int = 0
-    """Words kept of each value; 0 keeps them all."""
+    """Words kept of each field; 0 keeps them all."""
+    words: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Words kept of each value of a field: { history = 3 } keeps three of each title."""
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     """Words for a field's name, or its whole clause where they hold {value}."""
     without: tuple[str, ...] = ()
@@ -133,8 +137,10 @@ class PromptConfig:
                 raise unknown("side", side, PROMPTS[self.template].parts)
         if not self.sides:
             raise UserError("prompt: sides is empty; name user, item or context")
-        if self.max_words < 0:
-            raise UserError(f"prompt: max_words is 0 or more, not {self.max_words}")
+        kept = {f"words.{name}": words for name, words in self.words.items()}
+        for key, words in {"max_words": self.max_words, **kept}.items():
+            if words < 0:
+                raise UserError(f"prompt: {key} is 0 or more, not {words}")
         for name, words in self.names.items():
             if words.count("{value}") > 1:
                 raise UserError(f"prompt: names.{name} holds {{value}} twice; it stands once")
@@ -142,7 +148,7 @@ class PromptConfig:
 
 def render(fields: Sequence[Field], table: pa.Table, config: PromptConfig) -> pa.StringArray:
     """[n] the prompt of each row of `table`; empty where a row has nothing to say."""
-    _check_names(fields, config)
+    check_names(fields, config)
     prompt = PROMPTS[config.template]
     parts = [
         _part(prompt, side, fields, table, config) for side in prompt.parts if side in config.sides
@@ -151,9 +157,10 @@ def render(fields: Sequence[Field], table: pa.Table, config: PromptConfig) -> pa
     return pc.fill_null(whole, "")
 
 
-def _check_names(fields: Sequence[Field], config: PromptConfig) -> None:
+def check_names(fields: Sequence[Field], config: PromptConfig) -> None:
+    """UserError where the config names a field that is none of these."""
     known = [field.name for field in fields]
-    for name in (*config.names, *config.without):
+    for name in (*config.names, *config.words, *config.without):
         if name not in known:
             raise unknown("field of a prompt", name, known)
 
@@ -177,14 +184,16 @@ def _clause(prompt: Prompt, field: Field, table: pa.Table, config: PromptConfig)
     words = config.names.get(field.name, field.name)
     own = prompt.clauses.get(field.name, prompt.parts[field.side].clause)
     clause = words if "{value}" in words else own.replace("{name}", words)
-    values = _values(prompt, field, table, config.max_words)
+    values = _first_words(_values(prompt, field, table, config), config.max_words)
+    if prompt.quoted and field.kind == "text":
+        values = _wrap('"', pc.replace_substring(values, '"', "'"), '"')
     if field.name in prompt.missing:
         values = pc.fill_null(values, prompt.missing[field.name])
     before, after = clause.split("{value}")
     return _wrap(before, values, after)
 
 
-def _values(prompt: Prompt, field: Field, table: pa.Table, max_words: int) -> pa.StringArray:
+def _values(prompt: Prompt, field: Field, table: pa.Table, config: PromptConfig) -> pa.StringArray:
     """[n] a field's values as clean text; null where missing."""
     if field.name not in table.column_names:
         raise UserError(
@@ -194,18 +203,13 @@ def _values(prompt: Prompt, field: Field, table: pa.Table, max_words: int) -> pa
     column = table[field.name].combine_chunks()
     if field.kind == "number":
         column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-    values = _joined(column, prompt.many) if field.multi else _each(_clean, column)
-    if max_words:
-        words = pc.split_pattern(values, " ")
-        values = pc.binary_join(pc.list_slice(words, 0, max_words), " ")
-    if prompt.quoted and field.kind == "text":
-        values = _wrap('"', pc.replace_substring(values, '"', "'"), '"')
-    return values
+    clean = partial(_clean, words=config.words.get(field.name, 0))
+    return _joined(clean, column, prompt.many) if field.multi else _each(clean, column)
 
 
-def _joined(lists: pa.ListArray, between: str) -> pa.StringArray:
+def _joined(clean: Change, lists: pa.ListArray, between: str) -> pa.StringArray:
     """[n] the clean values of each list in one text; null where none is left."""
-    values = _each(_clean, lists.flatten())
+    values = _each(clean, lists.flatten())
     kept = values.is_valid()
     owners = pc.list_parent_indices(lists).filter(kept).to_numpy()
     ends = np.cumsum(np.bincount(owners, minlength=len(lists)))
@@ -215,15 +219,22 @@ def _joined(lists: pa.ListArray, between: str) -> pa.StringArray:
     )
 
 
-def _each(change: Callable[[pa.Array], pa.Array], column: pa.Array) -> pa.Array:
+def _each(change: Change, column: pa.Array) -> pa.Array:
     """[n] `change` of the values as text, made once for each distinct one."""
     texts = column.cast(pa.string()).dictionary_encode()
     return change(texts.dictionary).take(texts.indices)
 
 
-def _clean(texts: pa.StringArray) -> pa.StringArray:
+def _clean(texts: pa.StringArray, words: int) -> pa.StringArray:
     spaced = pc.replace_substring_regex(texts, r"[\pZ\p{Cc}]+", " ")
-    return _null_if_empty(pc.utf8_trim(spaced, " "))
+    return _null_if_empty(_first_words(pc.utf8_trim(spaced, " "), words))
+
+
+def _first_words(texts: pa.StringArray, words: int) -> pa.StringArray:
+    """The first words of each text; all for 0."""
+    if not words:
+        return texts
+    return pc.binary_join(pc.list_slice(pc.split_pattern(texts, " "), 0, words), " ")
 
 
 def _null_if_empty(texts: pa.StringArray) -> pa.StringArray:

@@ -138,8 +138,8 @@ class SidecarColumns:
     def gather(
         self, numbers: np.ndarray, rows: np.ndarray, real: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """[n] values by column, for the row `rows[i]` of block `numbers[i]`; 0 where not `real`."""
-        columns = {name: np.zeros(len(rows), kind) for name, kind in self._kinds.items()}
+        """Values by column, for the row `rows[i]` of block `numbers[i]`; 0 where not `real`."""
+        columns = {name: np.zeros(rows.shape, kind) for name, kind in self._kinds.items()}
         for place, sidecar in self._own:
             mine = real & (self._set[numbers] == place)
             found = sidecar.gather(self._block[numbers[mine]], rows[mine])

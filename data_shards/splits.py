@@ -9,14 +9,13 @@ is small (two numbers a domain, or the distinct times), whatever the number of r
 # Arrow makes its compute functions when it is imported, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data_shards.errors import UserError, unknown
 from data_shards.hashing import mixed
@@ -113,21 +112,15 @@ def count_rows(config: SplitConfig, table: pa.Table) -> pa.Table:
     return summed([keyed.append_column("count", pa.array(np.ones(len(keyed), np.int64)))])
 
 
-def joined(config: SplitConfig, pieces: Sequence[pa.Table]) -> pa.Table:
-    """The counts of all pieces as one table, with a column `piece` where that matters.
+def joined(config: SplitConfig, pieces: Iterable[pa.Table]) -> pa.Table:
+    """The counts of all pieces as one. While there are too many distinct times, their unit doubles.
 
-    While there are too many distinct times, their unit doubles.
+    What is held does not grow with the number of pieces.
     """
-    if config.counted == "label":
-        numbered = [
-            counts.append_column("piece", pa.array(np.full(len(counts), number, np.int64)))
-            for number, counts in enumerate(pieces)
-        ]
-        return pa.concat_tables(numbered)
-    whole, unit = pieces[0].slice(0, 0), 1
+    whole, unit = summed([]), 1
     for counts in pieces:
-        whole = summed([_floored(whole, unit), _floored(counts, unit)])
-        while len(whole) > MOST_TIMES:
+        whole = summed([whole, _floored(counts, unit)])
+        while config.counted == "time" and len(whole) > MOST_TIMES:
             unit *= 2
             whole = summed([_floored(whole, unit)])
     return whole
@@ -146,21 +139,23 @@ class Split(Protocol):
         ...
 
 
-def split_of(config: SplitConfig, counts: pa.Table | None, piece: int) -> Split:
-    """How the rows of a piece are split; `counts` from `joined`, None where nothing is counted."""
+def split_of(config: SplitConfig, counts: pa.Table | None, standing: pa.Table | None) -> Split:
+    """How the rows of a piece are split.
+
+    `counts` from `joined` where rows are counted; `standing` from `standing_before` where they
+    are split per domain.
+    """
     if config.until:
         return _Moments(list(config.until.values()), last=-1)  # type: ignore[arg-type]
     if config.by == "random":
         return _Random(config)
     assert counts is not None
     if config.by == "per_domain":
-        return Stratified(config.seed, list(config.parts.values()), counts, piece)
+        assert standing is not None
+        return Stratified(config.seed, list(config.parts.values()), counts, standing)
     if config.by == "time":
         return _Moments(_cuts(config, counts, "all domains"), last=len(config.names) - 1)
-    domains = counts["domain"].unique().to_pylist()
-    return _MomentsPerDomain(
-        {d: _cuts(config, counts.filter(pc.equal(counts["domain"], d)), d) for d in domains}
-    )
+    return _MomentsPerDomain(_cuts_of_each(config, counts))
 
 
 class _Random:
@@ -199,6 +194,17 @@ class _MomentsPerDomain:
         cuts = np.array([self.cuts.get(name, none) for name in names], np.int64)
         mine = cuts.reshape(len(cuts), -1)[encoded.indices.to_numpy()]
         return (table["time"].to_numpy()[:, None] >= mine).sum(axis=1).astype(np.int8)
+
+
+def _cuts_of_each(config: SplitConfig, counts: pa.Table) -> dict[str, list[int]]:
+    counts = counts.sort_by("domain")
+    domains = counts["domain"].combine_chunks().dictionary_encode()
+    sizes = np.bincount(domains.indices.to_numpy()).tolist()
+    starts = np.cumsum([0, *sizes]).tolist()
+    return {
+        name: _cuts(config, counts.slice(start, size), name)
+        for name, start, size in zip(domains.dictionary.to_pylist(), starts, sizes, strict=False)
+    }
 
 
 def _cuts(config: SplitConfig, counts: pa.Table, whose: str) -> list[int]:

@@ -4,7 +4,8 @@
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numba
@@ -17,22 +18,42 @@ from data_shards.errors import UserError
 CHANGED = "the source has changed since its rows were counted; start again from the beginning"
 
 
+_NONE = pa.schema([("domain", pa.string()), ("key", pa.int64()), ("count", pa.int64())])
+
+
 def summed(counts: Sequence[pa.Table]) -> pa.Table:
-    """Several counts as one."""
-    total = pa.concat_tables(counts).group_by(["domain", "key"]).aggregate([("count", "sum")])
+    """Several counts as one: columns domain, key, count, each pair of the first two once."""
+    total = (
+        pa.concat_tables([_NONE.empty_table(), *counts])
+        .group_by(["domain", "key"])
+        .aggregate([("count", "sum")])
+    )
     return total.rename_columns({"count_sum": "count"})
+
+
+def standing_before(pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """For each piece's counts, how many rows of the same domains and classes earlier ones hold."""
+    seen: Counter[tuple[str, int]] = Counter()
+    for counts in pieces:
+        own = _as_dict(counts)
+        yield counts.set_column(2, "count", pa.array([seen[cell] for cell in own], pa.int64()))
+        seen.update(own)
 
 
 class Stratified:
     """Exact counts: each row's place in a pseudo-random permutation of its domain and class.
 
     Both classes are spread evenly over the domain's places, so every part has its share of each.
+    `counts` are of all pieces, `standing` of one piece from `standing_before`.
     """
 
-    def __init__(self, seed: int, shares: Sequence[float], counts: pa.Table, piece: int) -> None:
-        before = _as_dict(counts.filter(pc.less(counts["piece"], piece)))
-        total = _as_dict(counts)
-        self.domains = {d: i for i, d in enumerate(sorted({d for d, _ in total}))}
+    def __init__(
+        self, seed: int, shares: Sequence[float], counts: pa.Table, standing: pa.Table
+    ) -> None:
+        names = standing["domain"].unique()
+        before = _as_dict(standing)
+        total = _as_dict(counts.filter(pc.is_in(counts["domain"], names)))
+        self.domains = {name: number for number, name in enumerate(names.to_pylist())}
         cells = [(d, c) for d in self.domains for c in (0, 1)]
         self.seen = np.array([before.get(cell, 0) for cell in cells], np.int64)
         self.size = np.array([total.get(cell, 0) for cell in cells], np.int64)
@@ -56,9 +77,8 @@ class Stratified:
 
 
 def _as_dict(counts: pa.Table) -> dict[tuple[str, int], int]:
-    whole = summed([counts])
-    keys = zip(whole["domain"].to_pylist(), whole["key"].to_pylist(), strict=True)
-    return dict(zip(keys, whole["count"].to_pylist(), strict=True))
+    cells = zip(counts["domain"].to_pylist(), counts["key"].to_pylist(), strict=True)
+    return dict(zip(cells, counts["count"].to_pylist(), strict=True))
 
 
 def _key(seed: int, domain: str, label: int) -> int:

@@ -32,6 +32,8 @@ class Report:
     rows: int
     positives: int
     problems: tuple[str, ...]
+    tokens: dict[str, tuple[float, int]]
+    """Mean and largest number of a row's tokens, by field."""
 
     @property
     def sound(self) -> bool:
@@ -60,6 +62,10 @@ def verify(location: str | Path, progress: Callable[[str], None] = lambda _: Non
         rows=check.total["rows"],
         positives=check.total["positives"],
         problems=tuple(check.problems),
+        tokens={
+            name: (total / max(check.total["rows"], 1), check.longest[name])
+            for name, total in check.tokens.items()
+        },
     )
 
 
@@ -71,6 +77,8 @@ class _Check:
         self.index = reader.index
         self.problems: list[str] = []
         self.total: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.longest: Counter[str] = Counter()
         self._by_shard: dict[str, list[Block]] = {name: [] for name in self.index.shards}
         for block in self.index.blocks:
             if block.shard in self._by_shard:
@@ -121,6 +129,10 @@ class _Check:
             self._add(str(error))
             return
         self.total.update(blocks=1, rows=block.rows, positives=block.positives)
+        for field in self.index.schema.tokens:
+            lengths = pc.list_value_length(table[field.name])
+            self.tokens[field.name] += pc.sum(lengths).as_py()
+            self.longest[field.name] = max(self.longest[field.name], pc.max(lengths).as_py())
 
     def totals(self) -> None:
         """What was read against what the index says of the whole."""

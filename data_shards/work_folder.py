@@ -1,10 +1,14 @@
 """The folder in which a set is made: whose it is, and when it stays to be gone on with."""
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,10 @@ def work_folder(job: Job, out: Path, part: int, parts: int) -> Iterator[None]:
     failure = job.folder / f"failed-{part}.txt"
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        _check_plan(job)
-        failure.unlink(missing_ok=True)
-        yield
+        with _alone(job.folder / f"part-{part}.lock", out):
+            _check_plan(job)
+            failure.unlink(missing_ok=True)
+            yield
     except InterruptedWriteError:
         raise
     except UserError as error:
@@ -42,9 +47,28 @@ def work_folder(job: Job, out: Path, part: int, parts: int) -> Iterator[None]:
         raise UserError(problem) from error
 
 
+@contextmanager
+def _alone(lock: Path, out: Path) -> Iterator[None]:
+    """Refuse a second writer of the same part; the system frees the lock of one that is gone."""
+    with lock.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InterruptedWriteError(
+                f"{out}: {lock.stem.replace('-', ' ')} is being written by another process "
+                f"({file.read()}); wait for it or stop it (several machines take a --part each)"
+            ) from None
+        file.truncate(0)
+        since = datetime.now(UTC).isoformat(" ", "seconds")
+        print(f"pid {os.getpid()} on {socket.gethostname()} since {since}", end="", file=file)
+        file.flush()
+        yield
+
+
 def _plan(job: Job) -> dict[str, Any]:
     choices = {
-        "source": job.source.describe(),
+        "source": job.describe_source(),
         "pieces": list(job.source.pieces()),
         "input files": job.source.state(),
         "schema": job.schema.to_json(),

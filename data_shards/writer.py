@@ -19,6 +19,7 @@ from data_shards.durable import flush, unfinished
 from data_shards.errors import InterruptedWriteError, UserError, unknown
 from data_shards.index import Block, Index, VocabularyInfo
 from data_shards.pieces import (
+    BEFORE,
     COUNTS,
     Job,
     count_piece,
@@ -28,9 +29,12 @@ from data_shards.pieces import (
     write_table,
 )
 from data_shards.processes import SAY_EVERY, Progress, Stage, do_pieces
+from data_shards.prompted import Prompter
+from data_shards.row_ids import Run, require_unique
 from data_shards.schema import Schema
 from data_shards.sources.source import Source
 from data_shards.splits import SplitConfig, joined
+from data_shards.stratified import standing_before
 from data_shards.vocabulary import Vocabulary, load_counts
 from data_shards.work_folder import work_folder
 
@@ -64,6 +68,7 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
     only_domains: tuple[str, ...] = (),
     hold_out: tuple[str, ...] = (),
     base: Vocabulary | None = None,
+    prompter: Prompter | None = None,
     jobs: int = 1,
     part: Part = WHOLE,
     progress: Progress = lambda _: None,
@@ -71,7 +76,8 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
     """Write a shard set into the new folder `out`, with `jobs` processes.
 
     `hold_out` domains are left out and count in no vocabulary; with `only_domains` all others
-    are. With `base` ids extend the vocabulary of the trunk. Of several parts, which all start
+    are. With `base` ids extend the vocabulary of the trunk. The `prompter` makes the schema's field
+    of tokens out of the source's rows. Of several parts, which all start
     with the same choices on a common file system, the first joins the set; the others wait for it.
     """
     if out.exists():
@@ -90,6 +96,7 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
         hold_out=hold_out,
         base_sizes=base.sizes if base else None,
         base_fingerprint=base.fingerprint if base else None,
+        prompter=prompter,
     )
     with work_folder(job, out, part.number, part.of):
         return _Writing(job, base, jobs, part, progress).write(out)
@@ -113,8 +120,7 @@ class _Writing:
             raise UserError("the source has no rows")
         if job.split.counted:
             self._stage("rows", count_piece)
-            counted = [read_table(job.folder / f"rows-{piece:05d}.arrow") for piece in self.pieces]
-            write_table(job.folder / COUNTS, joined(job.split, counted))
+            self._join_counts()
         self._save_vocabulary()
         self._stage("blocks", write_piece, everyone=self.part.number == 0)
         if self.part.number:
@@ -126,6 +132,16 @@ class _Writing:
         blocks, shards = len(index.blocks), len(index.shards)
         self.say(f"{index.rows:,} rows in {blocks:,} blocks, {shards} shards")
         return index
+
+    def _join_counts(self) -> None:
+        """What the split needs of all pieces together, one piece at a time."""
+        job = self.job
+        counted = [job.table("rows", piece) for piece in self.pieces]
+        write_table(job.folder / COUNTS, joined(job.split, map(read_table, counted)))
+        if job.split.by == "per_domain":
+            for piece, standing in enumerate(standing_before(map(read_table, counted))):
+                if piece in self.mine:
+                    write_table(job.table(BEFORE, piece), standing)
 
     def _save_vocabulary(self) -> None:
         job = self.job
@@ -203,6 +219,8 @@ class _Writing:
     def _index(self) -> Index:
         job = self.job
         results = [_result(job, "blocks", piece) for piece in self.pieces]
+        runs = [Run(*run) for result in results for run in result["ids"]]
+        require_unique(job.folder, runs, job.source.pieces())
         blocks = tuple(Block(*row) for result in results for row in result["blocks"])
         dropped = dict(sorted(self._sum("blocks", "dropped").items()))
         if not any(block.split in job.split.vocabulary_parts for block in blocks):
@@ -220,7 +238,7 @@ class _Writing:
             blocks=blocks,
             shards={name: size for result in results for name, size in result["shards"].items()},
             vocabulary=VocabularyInfo.of(vocabulary),
-            source=job.source.describe(),
+            source=job.describe_source(),
             split=job.split,
             dropped=dropped,
         )

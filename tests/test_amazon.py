@@ -166,6 +166,7 @@ def test_duplicates_across_chunks(tmp_path: Path) -> None:
         ('{"reviewerID": "A"', r"reviews.json line 5 is no row: neither JSON nor"),
         ("__import__('os').system('true')", "line 5 is no row"),
         ("[1, 2]", r"line 5 is no row: it is '\[1, 2\]'"),
+        ("[" * 200_000, "line 5 is no row: maximum recursion depth"),
         (json.dumps({**REVIEWS[0], "asin": None}), "line 5: asin is None; expected an item"),
         (json.dumps({**REVIEWS[0], "overall": 9}), "line 5: overall is 9.0; expected 1 to 5 stars"),
         (json.dumps({**REVIEWS[0], "unixReviewTime": "May"}), "line 5: .* expected whole seconds"),
@@ -180,8 +181,9 @@ def test_a_malformed_line(tmp_path: Path, line: str, message: str) -> None:
     assert len(rows) == 4 and dropped["bad_row"] == 1
 
 
-def test_a_malformed_line_of_metadata(tmp_path: Path) -> None:
-    config = _published(tmp_path, _lines(REVIEWS, repr), _lines(META, repr) + "{'asin'\n")
+@pytest.mark.parametrize("line", ["{'asin'", "[" * 200_000])
+def test_a_malformed_line_of_metadata(tmp_path: Path, line: str) -> None:
+    config = _published(tmp_path, _lines(REVIEWS, repr), _lines(META, repr) + line + "\n")
     with pytest.raises(UserError, match="meta.json.gz line 5 is no row"):
         _rows(Amazon(config, FIELDS))
     rows, dropped = _rows(Amazon(AmazonConfig(config.files, bad_rows="drop"), FIELDS))

@@ -1,5 +1,6 @@
 """Mixing: exact shares, every row of a domain equally often, nothing remembered."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_a_cut_is_a_slice(sizes: list[int], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(rows)))
     stop = data.draw(st.integers(start, len(rows)))
     assert _rows(_whole(sizes).cut(start, stop)) == rows[start:stop]
+
+
+def test_a_row_that_is_read_very_often_costs_no_array_each_time() -> None:
+    tracemalloc.start()
+    pieces = domain_epoch("toys", _whole([1]), 100_000, seed=1, epoch=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert int(pieces.rows.sum()) == 100_000
+    assert peak < 130 * 100_000  # an array of its own is 112 bytes more
 
 
 def test_joined_pieces_go_by_their_blocks() -> None:

@@ -30,12 +30,12 @@ def _read(order: EpochOrder, lane_start: int, lane_stop: int) -> list[list[Place
     for number in range(-(-order.steps // order.window_steps)):
         window = order.window(number, lane_start, lane_stop)
         assert window.first_step == len(steps)
-        share = len(window.real) // window.steps
-        places = [
-            (int(b), int(r)) if real else PADDING
-            for b, r, real in zip(window.block, window.row, window.real, strict=True)
+        block, row = window.blocks[window.which], window.row
+        steps += [
+            [(int(b), int(r)) if real else PADDING for b, r, real in zip(*step, strict=True)]
+            for step in zip(block, row, window.real, strict=True)
         ]
-        steps += [places[i * share : (i + 1) * share] for i in range(window.steps)]
+        assert len(steps) == window.end
     return steps
 
 
@@ -84,7 +84,8 @@ def test_windows_do_not_depend_on_those_before(order: EpochOrder) -> None:
     last = (order.steps - 1) // order.window_steps
     alone = order.window(last, 0, order.lanes)
     after_others = [order.window(n, 0, order.lanes) for n in range(last + 1)][-1]
-    assert (alone.block == after_others.block).all() and (alone.row == after_others.row).all()
+    assert (alone.blocks == after_others.blocks).all()
+    assert (alone.place == after_others.place).all()
 
 
 def _order(**changes: int | bool) -> EpochOrder:
@@ -111,12 +112,12 @@ def test_rows_are_permuted_within_a_window_of_every_lane_and_stay_in_it() -> Non
     order = _order(shuffle_rows=64)
     for lane in range(order.lanes):
         first, second = (order.window(number, lane, lane + 1) for number in (0, 1))
-        rows = [first.block * 10 + first.row, second.block * 10 + second.row]
+        rows = [(w.blocks[w.which] * 10 + w.row).reshape(-1) for w in (first, second)]
         steps = [np.diff(values) for values in rows]
         # ascending or descending runs cross at most two block borders in 16 rows
         assert all((np.abs(step) != 1).sum() > 4 for step in steps)
         assert not set(rows[0]) & set(rows[1])
-        assert len(set(first.block)) <= 3
+        assert len(set(first.blocks)) <= 3
 
 
 STEPS = st.lists(st.integers(0, 20), min_size=1, max_size=6)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.batch import Batch, gather
+from data_shards.batch import Batch, columns_of
 from data_shards.errors import UserError
 from data_shards.index import Index
 from data_shards.loader import Cursor, Loader, Reading, Rows
@@ -237,13 +237,13 @@ def test_token_lists_become_jagged_tensors() -> None:
             "words": pa.array([[5, 6], [], [7]], pa.list_(pa.int32())),
         }
     )
-    real = np.array([True, True, True, False])
-    columns = gather(schema, [table], np.array([2, 0, 1, 0]), np.zeros(4, np.int64), real)
-    batch = columns.batch(0, 4, 3).to(torch.device("cpu"))
+    zero, place = np.zeros(1, np.int64), np.array([[2, 0, 1, -1], [-1, 0, 1, -1]])
+    columns = columns_of(schema, [table], zero, place, np.array([0, 4]), zero)
+    batch = columns.batch(0, 3).to(torch.device("cpu"))
     words = batch.tokens["words"]
     assert words.values().tolist() == [7, 5, 6] and words.lengths().tolist() == [1, 2, 0, 0]
     assert words.values().dtype == torch.int64 and words.lengths().dtype == torch.int32
-    assert columns.batch(1, 3, 3).tokens["words"].values().tolist() == [5, 6]
+    assert columns.batch(1, 2).tokens["words"].values().tolist() == [5, 6]
     assert batch.columns == {}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from data_shards import splits
 from data_shards.errors import UserError
 from data_shards.splits import SplitConfig, count_rows, joined, split_of
+from data_shards.stratified import standing_before
 
 PARTS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
     lambda sizes: {f"part{i}": size / sum(sizes) for i, size in enumerate(sizes)}
@@ -38,12 +39,13 @@ def _assigned(config: SplitConfig, rows: pa.Table, cuts: Sequence[int] = ()) -> 
     """The part of each row, where the rows come in the pieces between `cuts`."""
     ends = [0, *(min(cut, len(rows)) for cut in cuts), len(rows)]
     pieces = [rows.slice(a, b - a) for a, b in zip(ends, ends[1:], strict=False)]
-    counts = None
+    counts, standing = None, [None] * len(pieces)
     if config.counted:
-        counts = joined(config, [count_rows(config, piece) for piece in pieces])
+        counted = [count_rows(config, piece) for piece in pieces]
+        counts, standing = joined(config, iter(counted)), standing_before(counted)
     parts = []
-    for number, piece in enumerate(pieces):
-        split = split_of(config, counts, number)
+    for piece, before in zip(pieces, standing, strict=True):
+        split = split_of(config, counts, before)
         parts += [split.parts(piece.slice(i, 7)) for i in range(0, len(piece), 7)]
     return np.concatenate(parts) if parts else np.empty(0, np.int8)
 
@@ -152,17 +154,26 @@ def test_the_first_part_feeds_the_vocabulary_unless_others_are_named() -> None:
 
 
 def test_rows_that_were_not_counted_are_refused() -> None:
-    counted = joined(SplitConfig(), [count_rows(SplitConfig(), _rows(np.zeros(5)))])
+    counted = [count_rows(SplitConfig(), _rows(np.zeros(5)))]
+    (standing,) = standing_before(counted)
     for rows in (_rows(np.zeros(6)), _rows(np.zeros(1), "new")):
         with pytest.raises(UserError, match="the source has changed since its rows were counted"):
-            split_of(SplitConfig(), counted, 0).parts(rows)
+            split_of(SplitConfig(), joined(SplitConfig(), counted), standing).parts(rows)
+
+
+def test_counts_do_not_grow_with_the_pieces() -> None:
+    counted = [count_rows(SplitConfig(), _rows(np.arange(9) % 2, d)) for d in "ab" * 50]
+    assert len(joined(SplitConfig(), iter(counted))) == 4
+    standing = list(standing_before(iter(counted)))
+    assert max(map(len, standing)) == 2
+    assert sorted(standing[-1]["count"].to_pylist()) == [4 * 49, 5 * 49]
 
 
 def test_a_domain_that_is_held_out_needs_no_moments() -> None:
     rows = pa.concat_tables([_rows(np.zeros(9), "a", np.arange(9)), _rows(np.zeros(1), "z")])
     config = SplitConfig("time_per_domain")
     counts = joined(config, [count_rows(config, rows.slice(0, 9))])
-    assert len(split_of(config, counts, 0).parts(rows)) == 10
+    assert len(split_of(config, counts, None).parts(rows)) == 10
 
 
 def test_one_moment_cannot_be_split_by_time() -> None:

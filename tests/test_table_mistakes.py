@@ -1,14 +1,20 @@
 """The table source: what it cannot read is named by file and row, or counted."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_shards.errors import UserError
 from data_shards.sources.table import Table, TableConfig
+from data_shards.sources.table_columns import Checked, as_integer
+from data_shards.sources.table_files import Chunk, Files
 from data_shards.sources.table_join import JoinConfig
 from tests.toy_log import (
     BASE,
@@ -46,11 +52,75 @@ def test_bad_rows_of_a_csv(line: str, tmp_path: Path) -> None:
     assert rows["row_id"].to_pylist() == [0, 2] and dropped == {"bad_row": 1}
 
 
-@pytest.mark.parametrize("line", ["[" * 200_000, json.dumps(ROW).replace('"T"', '"\\ud800"')])
-def test_what_arrow_and_python_choke_on_is_one_line(line: str, tmp_path: Path) -> None:
-    path = write_file(tmp_path, "log.jsonl", (json.dumps(ROW) + "\n" + line + "\n").encode())
-    with pytest.raises(UserError, match=r"log.jsonl from row 0: a value cannot be read \(\w+Error"):
+NO_TEXT = pa.array([b"a", b"b", b"\xff"]).view(pa.string())
+ODD: dict[str, tuple[str, pa.Array, str]] = {
+    "text": ("sku", NO_TEXT, "row 3: sku is .*�.*; expected one value, in UTF-8"),
+    "large text": (
+        "sku",
+        NO_TEXT.cast(pa.binary()).cast(pa.large_binary()).view(pa.large_string()),
+        "row 3: sku",
+    ),
+    "bytes": (
+        "sku",
+        NO_TEXT.view(pa.binary()).cast(pa.binary_view()),
+        "row 3: sku is '�'; expected",
+    ),
+    "fixed bytes": (
+        "sku",
+        pa.array([b"a", b"b", b"\xff"], pa.binary(1)),
+        "row 3: sku is '�'; expected",
+    ),
+    "texts": (
+        "genres",
+        pa.ListArray.from_arrays([0, 1, 2, 3], NO_TEXT),
+        "row 3: genres is .*�.*; expected a list of values",
+    ),
+    "domain": ("surface", NO_TEXT, "row 3: surface is .*; expected the name of a domain"),
+    "label": ("click", NO_TEXT, "row 1: click is 'a'; expected a number"),
+    "map": (
+        "sku",
+        pa.array([None, None, [("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "row 3: sku",
+    ),
+    "pairs": (
+        "sku",
+        pa.array([None, None, [1, 2]], pa.list_(pa.int64(), 2)),
+        "row 3: sku is .1, 2.;",
+    ),
+    "duration": ("ts", pa.array([None, None, 5], pa.duration("s")), "row 1: ts is None; expected"),
+    "time": ("ts", pa.array([1, 2, 3], pa.time32("s")), "row 1: ts is .*; expected a time"),
+    "zone": (
+        "sku",
+        pa.array([None, None, 5], pa.timestamp("s", "No/Where")),
+        "row 3: sku is .*1970",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_columns_of_parquet_name_the_row(kind: str, tmp_path: Path) -> None:
+    name, column, message = ODD[kind]
+    table = pa.Table.from_pylist([ROW] * 3)
+    table = table.set_column(table.column_names.index(name), name, column)
+    path = str(tmp_path / "log.parquet")
+    pq.write_table(table, path)
+    with pytest.raises(UserError, match=f"log.parquet {message}"):
         read_log(TableConfig(path, **BASE))
+    source, dropped = Table(TableConfig(path, **BASE, bad_rows="drop"), FIELDS), Counter()
+    rows = sum(len(rows) for rows in source.read(0, dropped))
+    assert rows + dropped["bad_row"] == 3 and rows == int(message[4]) - 1
+
+
+def test_what_no_reader_foresees_names_file_row_and_column(tmp_path: Path) -> None:
+    def read(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+        return column.cast(pa.int8()), np.zeros(len(column), bool)
+
+    chunk = Chunk(pa.table({"n": [1, 2, 3, 1000, 5, 2000, 7]}), np.arange(10, 17))
+    files = Files(write_file(tmp_path, "log.csv", CSV))
+    with pytest.raises(
+        UserError, match=r"log.csv row 15: n cannot be read \(ArrowInvalid: Integer"
+    ):
+        Checked(files, 0, chunk, drop=False).column("n", read, "a small number")
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -67,6 +137,15 @@ BAD_LINES = {
     json.dumps(ROW) + json.dumps(ROW) + "\n": r"line 2 is no row: Extra data",
     json.dumps({**ROW, "genres": "x"}) + "\n": "line 2 is no row: genres is a list in some",
     json.dumps({**ROW, "user": {"a": 1}}) + "\n": "line 2 is no row: user is an object",
+    json.dumps({**ROW, "genres": ["x", ["y"]]})
+    + "\n": "line 2 is no row: genres is a list of lists",
+    json.dumps(ROW).replace('"T"', '"\\ud800"')
+    + "\n": "line 2 is no row: .*surrogates not allowed",
+    json.dumps(ROW).replace("1.5", "1e999")
+    + "\n": "line 2: price is inf; expected a finite number",
+    json.dumps({**ROW, "user": "u"}).replace("1.5", "1e999")
+    + "\n": "line 2: price is inf; expected",
+    "[" * 200_000 + "\n": "line 2 is no row: maximum recursion depth",
 }
 
 
@@ -86,6 +165,18 @@ def _log(folder: Path, text: str = CSV, name: str = "log.csv", **options: Any) -
 FILES: dict[str, Callable[[Path], TableConfig]] = {
     "unknown column 'click'; the nearest is 'clicks'": lambda folder: _log(
         folder, CSV.replace("click", "clicks")
+    ),
+    "unknown column 'surfaze'; .* mend data.source.domain$": lambda folder: _log(
+        folder, domain="surfaze"
+    ),
+    "unknown column 'when'; .* mend data.source.time$": lambda folder: _log(
+        folder, json.dumps(ROW) + "\n", "log.jsonl", time="when"
+    ),
+    "unknown column 'sko'; .* mend data.source.columns.item$": lambda folder: _log(
+        folder, columns={"item": "sko"}
+    ),
+    r"unknown column 'price'; .* map a field by columns = \{ field = 'column' \}": lambda folder: (
+        _log(folder, CSV.replace("price", "cost"))
     ),
     "the column 'price' stands twice": lambda folder: _log(folder, CSV.replace("title", "price")),
     r"log.csv: cannot be read as csv \(Empty CSV file": lambda folder: _log(folder, ""),
@@ -156,3 +247,8 @@ def test_quotes_may_be_plain(tmp_path: Path) -> None:
 def test_description_names_no_place(tmp_path: Path) -> None:
     config = joined(tmp_path, ITEMS)
     assert str(tmp_path) not in json.dumps(Table(config, JOINED).describe())
+
+
+def test_a_signed_integer_is_one() -> None:
+    read, bad = as_integer(pa.array(["+5", "-5", "5"]))
+    assert read.to_pylist() == [5, -5, 5] and not bad.any()

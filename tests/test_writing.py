@@ -1,5 +1,6 @@
 """Writing: jobs, parts and kills decide nothing, and what waits is bounded."""
 
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -9,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards import pieces
+import data_shards
+from data_shards import pieces, row_ids
 from data_shards.errors import UserError
 from data_shards.index import Index
+from data_shards.loader import Loader
+from data_shards.schema import Field, Schema
 from data_shards.splits import SplitConfig
 from data_shards.writer import Part, write_shards
 from tests.toy_source import SCHEMA, ToySource, toy_rows, toy_source
@@ -141,6 +145,85 @@ def test_cutting_keeps_each_group_in_order_and_bounds_what_waits(
         rows = [row for g, table in blocks if g == number for row in table["at"].to_pylist()]
         assert rows == np.flatnonzero(group == number).tolist()
     assert sum(len(table) for _, table in blocks) == len(groups)
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from data_shards import SplitConfig, write_shards
+from tests.toy_source import SCHEMA, ToySource, toy_rows
+class Waiting(ToySource):
+    def read(self, piece, dropped):
+        print("reading", flush=True)
+        sys.stdin.read()
+        return super().read(piece, dropped)
+write_shards(Waiting(toy_rows(), 5), SCHEMA, SplitConfig(), Path(sys.argv[1]), block_rows=50)
+"""
+
+
+def test_a_second_writer_is_told_of_the_first_until_that_one_is_gone(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    command = [sys.executable, "-c", WAITING, str(out)]
+    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout is not None and first.stdout.readline() == b"reading\n"
+    who = f"pid {first.pid} on {socket.gethostname()} since 20..-..-.. "
+    for block_rows in (50, 60):  # whatever it was asked
+        with pytest.raises(UserError, match=f"part 0 is being written by another .*{who}.*wait"):
+            write_shards(toy_source(pieces=5), SCHEMA, SplitConfig(), out, block_rows=block_rows)
+    first.kill()
+    first.communicate()
+    index = write_shards(toy_source(pieces=5), SCHEMA, SplitConfig(), out, block_rows=50)
+    assert index.rows == 1041
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def _with_ids(ids: np.ndarray) -> pa.Table:
+    return toy_rows().set_column(0, "row_id", pa.array(ids))
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 6), st.integers(1, 300), st.integers(0, 99), st.booleans())
+def test_a_row_id_that_stands_twice_is_found_wherever_it_stands(
+    tmp_path_factory: pytest.TempPathFactory, parts: int, run: int, seed: int, mixed: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(1041) * 3 if mixed else np.arange(1041) * 3
+    first, second = rng.choice(1041, 2, replace=False)
+    split, out = SplitConfig("random"), tmp_path_factory.mktemp("ids") / "shards"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_ids, "RUN", run)
+        write_shards(toy_source(_with_ids(ids), parts), SCHEMA, split, out)
+        ids[second] = ids[first]
+        with pytest.raises(UserError, match=f"the row id {ids[first]} stands twice .in .*row_id"):
+            write_shards(toy_source(_with_ids(ids), parts), SCHEMA, split, out.with_name("b"))
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
+    assert {path.suffix for path in out.iterdir()} == {".tar", ".json", ""}
+
+
+@pytest.mark.parametrize(
+    ("only", "held", "message"),
+    [
+        (("toyz",), (), "unknown domain 'toyz'; the nearest is 'toys'; there are: books, music,"),
+        (("toys", "musik"), (), "unknown domain 'musik'; the nearest is 'music'"),
+        ((), ("boks", "toys"), "unknown domain 'boks'; the nearest is 'books'"),
+    ],
+)
+def test_a_domain_that_is_not_there_is_told_also_where_rows_are_read_once(
+    only: tuple[str, ...], held: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    schema = Schema((Field("page", "id", vocabulary="hash", buckets=50),))
+    source, out = toy_source(pieces=3), tmp_path / "shards"
+    with pytest.raises(UserError, match=message):
+        write_shards(source, schema, SplitConfig("random"), out, only_domains=only, hold_out=held)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writing_process_does_not_wait_for_torch() -> None:
+    check = "import sys, data_shards.processes; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+    assert data_shards.Loader is Loader
+    with pytest.raises(AttributeError, match="module 'data_shards' has no attribute 'Loder'"):
+        data_shards.Loder  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Grown(ToySource):

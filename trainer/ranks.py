@@ -44,6 +44,16 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def agree(self, slot: torch.Tensor) -> tuple[int, ...]:
+        """The slots of all ranks' rows, those of rows without an adapter (-1) left out."""
+        mine = torch.unique(slot[slot >= 0])
+        last = torch.tensor(int(mine[-1]) + 1 if len(mine) else 0)
+        dist.all_reduce(last, op=dist.ReduceOp.MAX)
+        found = torch.zeros(int(last), dtype=torch.uint8)
+        found[mine.cpu()] = 1
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return tuple(found.nonzero()[:, 0].tolist())
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in order, on every rank."""
         box: list[Any] = [None] * self.world
@@ -73,7 +83,7 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    _keep_freed_memory()
+    keep_freed_memory()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -83,7 +93,7 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Reuse the memory of large tensors. glibc gives it back to the system at once, and every step
     pays for fresh pages: a fifth of its CPU time with the 256-128-64 MLP and batches of 4,096."""
     if platform.libc_ver()[0] == "glibc":

@@ -18,7 +18,7 @@ BadLine = Callable[[int, str], None]
 """Told of a row (0-based) that is no row, and what is wrong with it; may raise."""
 
 Parse = Callable[[bytes], dict[str, Any]]
-"""A line's object; ValueError where it is none."""
+"""A line's object; ValueError where it is none, RecursionError where it is nested too deep."""
 
 BLANK_LINE = re.compile(rb"(?m)^[ \t\r]*$")
 
@@ -52,7 +52,7 @@ def read_block(
         table = _by_arrow(body, columns)
         if len(table) == lines and not BLANK_LINE.search(body):
             return table, np.arange(first, first + lines)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass  # which line it is, is found below
     return _by_python(first, body, columns, bad_line, parse)
 
@@ -86,22 +86,28 @@ def _by_python(
             _check_shapes(found, columns, shapes)
             objects.append(found)
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad_line(row, f"is no row: {error}")
     table = pa.table({name: _column([row.get(name) for row in objects]) for name in columns})
     return table, np.array(rows, np.int64)
 
 
 def _check_shapes(found: dict[str, Any], columns: tuple[str, ...], shapes: dict[str, bool]) -> None:
-    """A column of lists has lists alone: what the first value of the block is, the others are."""
-    for name in columns:
-        value = found.get(name)
+    """A column of lists has lists alone: what the first value of the block is, the others are.
+
+    Half of a surrogate pair, which JSON can spell and no text can hold, is a ValueError too.
+    """
+    needed = [found.get(name) for name in columns]
+    json.dumps(needed, ensure_ascii=False, default=repr).encode()
+    for name, value in zip(columns, needed, strict=True):
         if isinstance(value, dict):
             raise ValueError(f"{name} is an object")
         if value is not None and shapes.setdefault(name, isinstance(value, list)) != isinstance(
             value, list
         ):
             raise ValueError(f"{name} is a list in some lines and a single value in others")
+        if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            raise ValueError(f"{name} is a list of lists or objects")
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -135,5 +141,5 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, list):
         return [_spelled(item) for item in value]
     if isinstance(value, float):
-        return f"{value:.17g}" if value != int(value) else str(int(value))
+        return str(int(value)) if value.is_integer() else f"{value:.17g}"
     return value if value is None or isinstance(value, str) else json.dumps(value)

@@ -11,7 +11,7 @@ time, the user's side and the history of the positive that it belongs to, and th
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +35,7 @@ class HistoryConfig:
 
     field: str = "history"
     of: str = "item"
+    """A field of the log, or one that a join brings by a key of the log."""
     last: int = 5
     across_domains: bool = True
 
@@ -71,11 +72,20 @@ class PerUserConfig:
         of = self.history.of if self.history else ""
         return tuple(dict.fromkeys(name for name in (self.user, of, self.item) if name))
 
+    def keyed(self, joined_on: Mapping[str, str]) -> "PerUserConfig":
+        """The history of keys, where what it is of comes with a join."""
+        if self.history is None:
+            return self
+        of = joined_on.get(self.history.of, self.history.of)
+        return replace(self, history=replace(self.history, of=of))
+
     def check(self, fields: tuple[Field, ...], joined_on: Mapping[str, str]) -> None:
         """UserError unless all fields can be made; `joined_on`: field to its join's key."""
         multi = {field.name for field in fields if field.multi}
         if self.history and self.history.field not in multi:
             raise unknown("multi-valued field for history", self.history.field, multi)
+        if self.history and self.history.of in multi:
+            raise UserError(f"history: {self.history.of!r} is multi-valued; name a single value")
         for field in fields:
             own = field.name in (self.item, *self.made, "domain")
             joined = joined_on.get(field.name) == self.item

@@ -13,7 +13,7 @@ the row number alone for one file.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -67,7 +67,8 @@ class TableConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Field to column, where the names differ."""
     separators: dict[str, str] = field(default_factory=dict)
-    """Multi-valued field to what stands between its values, where they are text."""
+    """Multi-valued field to what stands between its values, where they are text (other than a list
+    written out: ['a', 'b'])."""
     delimiter: str = ","
     quoted: bool = True
     """Whether " quotes a CSV value; false where it is a plain character."""
@@ -82,6 +83,13 @@ class TableConfig:
             raise UserError("table: give domain = 'column', or domain_from_file = true without one")
         if len(self.delimiter) != 1:
             raise UserError(f"table: delimiter is one character, not {self.delimiter!r}")
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """Key to column, of those columns that are no fields."""
+        named = {"label": self.label, "domain": self.domain, "time": self.time}
+        named["row_id"] = self.row_id
+        return {key: column for key, column in named.items() if column}
 
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the places where files lie."""
@@ -101,7 +109,9 @@ class Table:
         made = config.per_user.made if config.per_user else ()
         joined = _joined_fields(config, self.names)
         own = tuple(f for f in fields if f.name not in {"domain", *made, *joined})
-        self._log = Log(config, own)
+        on = {name: config.join[number].on for name, number in joined.items()}
+        per_user = config.per_user and config.per_user.keyed(on)
+        self._log = Log(replace(config, per_user=per_user), own)
         self._joins = [
             Join(join, self._log.column_of(join.on), fields, config.separators)
             for join in config.join
@@ -109,11 +119,12 @@ class Table:
         for join in self._joins:
             join.local = join.config.on in config.local
         self._rows: Log | PerUser = self._log
-        if config.per_user:
-            from_item = [join.on for join in config.join]
-            on = {name: from_item[number] for name, number in joined.items()}
+        if config.per_user and per_user:
             config.per_user.check(fields, on)
-            self._rows = PerUser(config.per_user, self._log)
+            self._rows = PerUser(per_user, self._log)
+            history = config.per_user.history
+            if history and history.of in joined:
+                self._joins[joined[history.of]].lists[history.field] = history.of
 
     def pieces(self) -> tuple[str, ...]:
         """A file or a range of row groups each; with a per-user stage, a range of users."""
@@ -160,7 +171,9 @@ class Log:
     def files(self) -> Files:
         """The log's files."""
         config = self.config
-        return Files(config.path, config.format or None, config.delimiter, config.quoted)
+        keys = {column: f"data.source.columns.{name}" for name, column in config.columns.items()}
+        keys |= {column: f"data.source.{name}" for name, column in config.fixed.items()}
+        return Files(config.path, config.format or None, config.delimiter, config.quoted, keys=keys)
 
     def column_of(self, name: str) -> str:
         """The log's column of a field."""
@@ -189,16 +202,10 @@ class Log:
     def read(self, piece: int, dropped: Counter[str]) -> Iterator[pa.Table]:
         """Rows in the order of the file."""
         where = self.files.pieces[piece]
-        try:
-            for chunk in self.files.read(where, self._columns, self._bad_line(where.file, dropped)):
-                rows = self._rows(where.file, chunk, dropped)
-                if len(rows):
-                    yield rows
-        except (pa.ArrowException, UnicodeError, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"{self.pieces()[piece]}: a value cannot be read ({type(error).__name__}: "
-                f"{error}); mend it, or give its column a plain type"
-            ) from error
+        for chunk in self.files.read(where, self._columns, self._bad_line(where.file, dropped)):
+            rows = self._rows(where.file, chunk, dropped)
+            if len(rows):
+                yield rows
 
     def _bad_line(self, file: int, dropped: Counter[str]) -> Callable[[int, str], None]:
         def bad_line(row: int, wrong: str) -> None:
@@ -213,9 +220,7 @@ class Log:
 
     @property
     def _columns(self) -> list[str]:
-        config = self.config
-        fixed = [name for name in (config.label, config.domain, config.time, config.row_id) if name]
-        return [*fixed, *(self.column_of(field.name) for field in self.fields)]
+        return [*self.config.fixed.values(), *(self.column_of(field.name) for field in self.fields)]
 
     def _rows(self, file: int, chunk: Chunk, dropped: Counter[str]) -> pa.Table:
         checked = Checked(self.files, file, chunk, drop=self.config.bad_rows == "drop")

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from data_shards.errors import UserError
 from data_shards.schema import Field
+from data_shards.sources.list_literals import literal_lists
 from data_shards.sources.table_files import Chunk, Files
 
 Read = tuple[pa.Array, np.ndarray]
@@ -25,17 +26,20 @@ Read = tuple[pa.Array, np.ndarray]
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?\s*$"
 INTEGER = r"^[+-]?\d{1,18}$"
 DATE, SECOND = "%Y-%m-%d", "%Y-%m-%d %H:%M:%S"
+TEXTS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
 
 
 def is_text(column: pa.Array) -> bool:
     """Whether the values are text, or bytes that may be text."""
-    kind = column.type
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-    )
+    return any(is_one(column.type) for is_one in TEXTS)
 
 
 def is_list(column: pa.Array) -> bool:
@@ -46,18 +50,25 @@ def is_list(column: pa.Array) -> bool:
 def as_text(column: pa.Array) -> Read:
     """Any column of single values as text."""
     if is_list(column) or pa.types.is_struct(column.type):
-        return pa.nulls(len(column), pa.string()), mask(pc.is_valid(column))
+        return _unreadable(column, pa.string())
     try:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column.validate(full=True)  # Parquet's writers may have put any bytes there
         return column.cast(pa.string()), _none(column)
-    except pa.ArrowInvalid:
-        return _decoded(column)
+    except pa.ArrowException:
+        return _decoded(column) if is_text(column) else _unreadable(column, pa.string())
 
 
 def _decoded(column: pa.Array) -> Read:
     """Bytes that are not all UTF-8: the slow way, to know which."""
-    texts = [_utf8(value) for value in column.to_pylist()]
+    texts = [_utf8(value) for value in column.cast(pa.large_binary()).to_pylist()]
     read = pa.array(texts, pa.string())
     return read, mask(pc.and_(pc.is_null(read), pc.is_valid(column)))
+
+
+def _unreadable(column: pa.Array, kind: pa.DataType) -> Read:
+    """A column of a type that says nothing here."""
+    return pa.nulls(len(column), kind), mask(pc.is_valid(column))
 
 
 def _utf8(value: bytes | None) -> str | None:
@@ -74,8 +85,8 @@ def as_number(column: pa.Array) -> Read:
         return pc.utf8_trim_whitespace(column).cast(pa.float64()), bad
     try:
         numbers = column.cast(pa.float64(), safe=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.nulls(len(column), pa.float64()), mask(pc.is_valid(column))
+    except pa.ArrowException:
+        return _unreadable(column, pa.float64())
     return numbers, mask(pc.invert(pc.is_finite(numbers)))
 
 
@@ -90,7 +101,7 @@ def as_seconds(column: pa.Array) -> Read:
     """Integers as they are; timestamps, dates and ISO 8601 text (UTC) as seconds since 1970."""
     if is_text(column):
         return _seconds_in_text(column)
-    if pa.types.is_temporal(column.type):
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()), _none(column)
     return as_integer(column)
 
@@ -99,7 +110,7 @@ def as_integer(column: pa.Array) -> Read:
     """Integers, also written out or as whole floats: int64."""
     if is_text(column):
         digits, bad = _matching(column, INTEGER)
-        return digits.cast(pa.int64()), bad
+        return pc.utf8_ltrim(digits, "+").cast(pa.int64()), bad
     if pa.types.is_integer(column.type):
         return column.cast(pa.int64(), safe=False), _none(column)
     numbers, bad = as_number(column)
@@ -110,12 +121,12 @@ def as_integer(column: pa.Array) -> Read:
 
 def _seconds_in_text(column: pa.Array) -> Read:
     texts, bad = as_text(column)
-    digits, _ = _matching(texts, INTEGER)
+    digits, _ = as_integer(texts)
     plain = pc.replace_substring_regex(
         texts, r"^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(\.\d+)?(Z|\+00:00)?$", r"\1 \2"
     )
     times = [_parsed(plain, form) for form in (SECOND, DATE)]
-    seconds = pc.coalesce(digits.cast(pa.int64()), *times)
+    seconds = pc.coalesce(digits, *times)
     return seconds, bad | mask(pc.and_(pc.is_null(seconds), pc.is_valid(texts)))
 
 
@@ -127,10 +138,11 @@ def _parsed(texts: pa.Array, form: str) -> pa.Array:
 
 
 def lists_of(read_values: Callable[[pa.Array], Read], separator: str) -> Callable[[pa.Array], Read]:
-    """A reader of multi-valued columns: lists, or text cut at the separator where there is one.
+    """A reader of multi-valued columns: lists, or text that a separator says how to cut, or that
+    has a list written out.
 
-    A list's values are read by `read_values`; a list is unreadable where one of its values is. A
-    single value where a list belongs is unreadable too, unless a separator says how to cut it.
+    A list's values are read by `read_values`; a list is unreadable where one of its values is, and
+    so is a single value where a list belongs.
     """
 
     def read(column: pa.Array) -> Read:
@@ -138,11 +150,15 @@ def lists_of(read_values: Callable[[pa.Array], Read], separator: str) -> Callabl
         if separator and not is_list(column):
             column, bad = as_text(column)
             column = pc.split_pattern(column, separator)
+        elif is_text(column):
+            column, bad = as_text(column)
+            column, no_list = literal_lists(column)
+            bad = bad | no_list
         if pa.types.is_null(column.type):
             column = column.cast(pa.list_(pa.string()))
         if not is_list(column):
             values, _ = read_values(column.slice(0, 0))
-            return pa.nulls(len(column), pa.list_(values.type)), mask(pc.is_valid(column))
+            return _unreadable(column, pa.list_(values.type))
         values, bad_values = read_values(column.flatten())
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
         ends = np.cumsum(lengths)
@@ -225,7 +241,13 @@ class Checked:
     ) -> pa.Array:
         """A column, read; rows that cannot be are refused, and nulls where `null` is False."""
         raw = self._raw(name)
-        values, bad = read(raw)
+        try:
+            values, bad = read(raw)
+        except (pa.ArrowException, UnicodeError, OverflowError) as error:
+            raise UserError(
+                f"{self.name(self.rows[_culprit(raw, read)])}: {name} cannot be read "
+                f"({type(error).__name__}: {error}); mend it, or give the column a plain type"
+            ) from error
         if not null:
             bad = bad | mask(pc.is_null(values))
         self.refuse(bad, name, raw, expected)
@@ -235,10 +257,9 @@ class Checked:
         """Marks rows as bad, or raises for the first."""
         if bad.any() and not self.drop:
             row = int(np.argmax(bad))
-            value = (self._raw(name) if raw is None else raw)[row].as_py()
-            shown = value.decode(errors="replace") if isinstance(value, bytes) else value
+            shown = _shown((self._raw(name) if raw is None else raw).slice(row, 1))
             raise UserError(
-                f"{self.name(self.rows[row])}: {name} is {shown!r}; expected {expected}; mend "
+                f"{self.name(self.rows[row])}: {name} is {shown}; expected {expected}; mend "
                 "it, or set bad_rows = 'drop' to leave such rows out and count them"
             )
         self.bad |= bad
@@ -246,3 +267,25 @@ class Checked:
     def _raw(self, name: str) -> pa.Array:
         column = self.table[name].combine_chunks()
         return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _culprit(column: pa.Array, read: Callable[[pa.Array], Read]) -> int:
+    """The place of a value at which `read` fails."""
+    start, count = 0, len(column)
+    while count > 1:
+        half = count // 2
+        try:
+            read(column.slice(start, half))
+            start, count = start + half, count - half
+        except (pa.ArrowException, UnicodeError, OverflowError):
+            count = half
+    return start
+
+
+def _shown(one: pa.Array) -> str:
+    """An array's single value, as people write it."""
+    try:
+        value = one[0].as_py()
+    except (ValueError, OverflowError, pa.ArrowException):  # what Python cannot hold
+        return one.to_string().strip("[] \n")
+    return repr(value.decode(errors="replace") if isinstance(value, bytes) else value)

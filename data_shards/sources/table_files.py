@@ -5,11 +5,12 @@ piece. Values keep the types they have in the file; a CSV cell is bytes, an empt
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -58,7 +59,10 @@ class Piece:
 
 
 class Files:
-    """The files of one place: a file, a folder, a glob, or any fsspec URL of these."""
+    """The files of one place: a file, a folder, a glob, or any fsspec URL of these.
+
+    `keys` has the run file's keys that name columns, by column.
+    """
 
     def __init__(
         self,
@@ -67,12 +71,14 @@ class Files:
         delimiter: str = ",",
         quoted: bool = True,
         parse: Parse = json_object,
+        keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.filesystem, self.names = find(path)
         self.forms = [form or _form(name) for name in self.names]
         self.delimiter = delimiter
         self.quoted = quoted
         self.parse = parse
+        self.keys = keys
 
     def stem(self, file: int) -> str:
         """A file's name up to its first dot."""
@@ -189,7 +195,7 @@ class Files:
                 for row, line in enumerate(block.split(b"\n"), first):
                     try:
                         found = self.parse(line) if line.strip() else None
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         bad_line(row, f"is no row: {error}")
                         continue
                     if found is not None:
@@ -222,10 +228,9 @@ class Files:
             )
         for name in columns:
             if name not in has:
-                raise UserError(
-                    f"{self.names[file]}: {unknown('column', name, has)}; map a field to its "
-                    "column by columns = { field = 'column' }"
-                )
+                key = self.keys.get(name)
+                way_out = f"mend {key}" if key else "map a field by columns = { field = 'column' }"
+                raise UserError(f"{self.names[file]}: {unknown('column', name, has)}; {way_out}")
 
 
 def find(path: str) -> tuple[pa_fs.FileSystem, tuple[str, ...]]:

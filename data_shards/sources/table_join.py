@@ -48,6 +48,8 @@ class Join:
         self.fields = tuple(field for field in fields if field.name in config.columns)
         self.separators = separators
         self.local = False
+        self.lists: dict[str, str] = {}
+        """Fields that come as lists of keys -> the field whose values they are to hold."""
 
     def add(
         self, rows: pa.Table, row_name: Callable[[int], str], dropped: Counter[str]
@@ -69,6 +71,9 @@ class Join:
         places = pa.array(found, mask=lost)
         for field in self.fields:
             rows = rows.append_column(field.name, columns[field.name].take(places))
+        for name, of in self.lists.items():
+            lists = _looked_up(rows[name].combine_chunks(), index, columns[of])
+            rows = rows.set_column(rows.column_names.index(name), name, lists)
         return rows
 
     @cached_property
@@ -104,6 +109,15 @@ class Join:
             read, expected = reader_of(field, self.separators.get(field.name, ""))
             columns[field.name] = checked.column(self.config.columns[field.name], read, expected)
         return pa.table(columns)
+
+
+def _looked_up(lists: pa.ListArray, index: StringTable, column: pa.ChunkedArray) -> pa.ListArray:
+    """The lists with each key's value, null where there is none."""
+    places = index.find(lists.flatten())
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy())
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    values = column.take(pa.array(places, mask=places < 0))
+    return pa.ListArray.from_arrays(offsets, values.combine_chunks())
 
 
 def _refuse(files: Files, file: int) -> Callable[[int, str], None]:
