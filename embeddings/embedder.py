@@ -55,7 +55,10 @@ class Embedder:
 
         `slot` [B]: the adapter slot of each row's domain, -1 where it has none; None where no
         shard set in use holds ids of an added domain's own, which saves the look for them.
+        Without tables nothing is sent.
         """
+        if not self.trunk.keys:
+            return []
         if slot is None:
             return [self.trunk.send(ids)]
         values, lengths = ids.values(), ids.lengths()
@@ -76,7 +79,7 @@ class Embedder:
         return [*sent, self.extension.tables.send(_with(ids, rows, own_lengths))]
 
     def vectors(self, sent: Sequence[OnTheWay]) -> Tensor:
-        """[B, fields, width] of the ids sent."""
+        """[B, fields, width] of the ids sent to at least one table."""
         vectors = self.trunk.vectors(sent[0])
         if len(sent) > 1:
             assert self.extension is not None

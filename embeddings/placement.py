@@ -63,20 +63,26 @@ class _AnySharder(EmbeddingBagCollectionSharder):
 
 
 class ShardedTables:
-    """A set of tables spread over all ranks, looked up by key and trained inside backward."""
+    """A set of tables spread over all ranks, looked up by key and trained inside backward.
+
+    There may be none: then nothing can be sent.
+    """
 
     def __init__(
         self, tables: Sequence[Table], config: TablesConfig, device: torch.device, seed: int
     ) -> None:
         self.tables = tuple(tables)
         self.keys = [table.field for table in tables]
-        self.width = tables[0].width
+        self.width = max((table.width for table in tables), default=0)
         self.frozen = False
+        self._kernels: list[Any] = []
+        self._fused: list[Any] = []
+        if not tables:
+            return
         # Any: TorchRec reaches its kernels through nn.Module attributes, which carry no type.
         self._sharded: Any = _shard(tables, config, device).module
         lookups: Any = self._sharded._lookups
-        self._kernels: list[Any] = [one for lookup in lookups for one in lookup._emb_modules]
-        self._fused: list[Any] = []
+        self._kernels = [one for lookup in lookups for one in lookup._emb_modules]
         for kernel in self._kernels:
             if config.optimizer == "adam" and device.type == "cpu":
                 # fbgemm has no Adam on CPU; the same update rule, in the same place.

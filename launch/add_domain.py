@@ -8,6 +8,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from data_shards import Index, UserError
+from data_shards.errors import unknown
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path)
@@ -27,5 +30,12 @@ def run(args: argparse.Namespace) -> None:
 
     config = RunFolder.config(args.run_folder)
     config = replace(config, adapt=replace(config.adapt, own_ids=not args.no_own_ids))
+    domains = Index.load(args.shards).domains
+    if args.domain not in domains:
+        raise UserError(
+            f"{args.shards}: {unknown('domain', args.domain, domains)}; write its rows: "
+            f"write-shards RUN_FILE --base {args.run_folder} --out FOLDER "
+            f"--set 'data.only=[\"{args.domain}\"]' --set 'data.hold_out=[]'"
+        )
     with joined() as ranks:
         add_domain(config, RunFolder(args.run_folder), args.domain, args.shards, ranks)

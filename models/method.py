@@ -1,28 +1,65 @@
 """What the trainer knows of a method: how to score a batch, and what belongs to whom."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+
+class Tokens(NamedTuple):
+    """The prompts of B rows as token ids, end to end."""
+
+    values: Tensor
+    """[total] int64"""
+    lengths: Tensor
+    """[B]; 0 for padding rows"""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a method sees of B rows."""
+
+    embedded: Tensor
+    """[B, fields, width]; empty for a method that reads no tables"""
+    numbers: Tensor
+    """[B, n]"""
+    slot: Tensor
+    """[B] the place of each row's domain in `Method.domains`; -1: the shared part alone"""
+    tokens: Tokens | None = None
+    slots: tuple[int, ...] | None = None
+    """The slots of the global batch, on all ranks the same, so that all of them run the same
+    modules; None: those of these rows."""
+
+    def to(self, dtype: torch.dtype) -> "Features":
+        """The same with vectors and numbers of another precision."""
+        return replace(self, embedded=self.embedded.to(dtype), numbers=self.numbers.to(dtype))
 
 
 class Method(nn.Module, ABC):
     """A shared part and one adapter per domain.
 
-    `shared()` and the `adapter(domain)`s partition all parameters and buffers, by declaration.
-    Their tensors are live: writing into them changes the model.
+    `shared()`, the `adapter(domain)`s and `frozen()` partition all parameters and buffers, by
+    declaration. Their tensors are live: writing into them changes the model.
     """
+
+    modules_per_domain: ClassVar[bool] = False
+    """Whether a domain's rows go through modules of its own; then `Features.slots` is given."""
+    adapters_in_pretrain: ClassVar[bool] = False
+    """Whether phase 1 trains adapters too, with which phase 2 then begins."""
 
     domains: list[str]
     """The domains that have an adapter; a domain's slot is its place in this list."""
 
     @abstractmethod
-    def forward(self, embedded: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
-        """Logits [B] from vectors [B, fields, width], numbers [B, n] and adapter slots [B]
-        (-1: the shared part alone)."""
+    def forward(self, features: Features) -> Tensor:
+        """[B, k]: first the logit that predicts; the other columns only `loss` reads."""
 
     @abstractmethod
     def loss(self, logit: Tensor, label: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """This rank's share of the loss of a global batch of `rows` real rows."""
+        """This rank's share of the loss of a global batch of `rows` real rows, for the [B, k] of
+        `forward`."""
 
     @abstractmethod
     def shared(self) -> dict[str, Tensor]:
@@ -31,6 +68,14 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def adapter(self, domain: str) -> dict[str, Tensor]:
         """Tensors of one domain's adapter, by name."""
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Tensors that no phase trains and no checkpoint holds, by name."""
+        return {}
+
+    def freeze_shared(self, keep: bool) -> None:  # noqa: B027  most methods have nothing to do
+        """Phase 2 begins: what the shared part makes of a row stays the same from now on, and with
+        `keep` it may be remembered: then ranks call modules of it different numbers of times."""
 
     @abstractmethod
     def shared_parameters(self) -> list[nn.Parameter]:

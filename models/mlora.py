@@ -6,6 +6,7 @@ domain t. The released code differs: one phase, and a bias b_t per domain and la
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,14 +14,14 @@ from torch.nn import functional as F
 from data_shards.errors import UserError
 from models.adapters import AdapterShape, generator_for
 from models.backbones import BACKBONES, Backbone, BackboneConfig, Inputs
-from models.method import Method
+from models.method import Features, Method
 
 
 @dataclass(frozen=True)
 class MLoRAConfig:
     """The `[method]` section of a run file."""
 
-    name: str = "mlora"
+    name: Literal["mlora"] = "mlora"
     alpha: int = 32
     """Temperature: rank r = max(d_out / alpha, 1) of each layer (Eq. 10)."""
     bias: bool = False
@@ -31,6 +32,7 @@ class MLoRAConfig:
     """Of the Gaussian A; 0 takes Glorot's, as the released code does. The paper gives none."""
     layers: tuple[str, ...] = ()
     """Names of the adapted layers; none named: every adaptable layer of the backbone."""
+    reads_tables: ClassVar[bool] = True
 
 
 class MLoRA(Method):
@@ -45,14 +47,15 @@ class MLoRA(Method):
         offered = self.backbone.adaptable()
         self._adapted = {name: offered[name] for name in _targets(config.layers, list(offered))}
 
-    def forward(self, embedded: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
-        """See `Method.forward`; a row's vector is `dim` floats and then its first-order weight."""
+    def forward(self, features: Features) -> Tensor:
+        """[B, 1]; a row's vector is `dim` floats and then its first-order weight."""
+        embedded, numbers, slot = features.embedded, features.numbers, features.slot
         first = embedded[:, :, self.dim] if self.backbone.first_order else embedded[:, :0, 0]
-        return self.backbone(embedded[:, :, : self.dim], first, numbers, slot)
+        return self.backbone(embedded[:, :, : self.dim], first, numbers, slot).unsqueeze(1)
 
     def loss(self, logit: Tensor, label: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Binary cross entropy; summed over ranks it is the mean over the global batch."""
-        summed = F.binary_cross_entropy_with_logits(logit, label, weight, reduction="sum")
+        summed = F.binary_cross_entropy_with_logits(logit[:, 0], label, weight, reduction="sum")
         return summed / max(rows, 1)
 
     def shared(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import MLoRA, MLoRAConfig
+from models import Features, MLoRA, MLoRAConfig
 from models.backbones import BackboneConfig, Inputs
 from tests.toy_method import (
     ABC,
@@ -46,8 +46,8 @@ def test_s1_permuting_a_batch_permutes_itslogits(backbone: str, bias: bool) -> N
     embedded, numbers = vectors(75, torch.float64)
     order = torch.randperm(75, generator=torch.Generator().manual_seed(1))
     slot = slots(method, names)
-    shuffled = method(embedded[order], numbers[order], slot[order])
-    expected = method(embedded, numbers, slot)[order]
+    shuffled = method(Features(embedded[order], numbers[order], slot[order]))
+    expected = method(Features(embedded, numbers, slot))[order]
     torch.testing.assert_close(shuffled, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -58,10 +58,10 @@ def test_s2_a_logit_does_not_depend_on_its_batch(backbone: str, bias: bool, trai
     method = trained(backbone, ABC, with_bias(bias)).double().train(training)
     embedded, numbers = vectors(40, torch.float64)
     slot = slots(method, names_of(40, (*ABC, "unknown")))
-    logit = method(embedded, numbers, slot)
+    logit = method(Features(embedded, numbers, slot))
     for i in range(40):
         row = slice(i, i + 1)
-        alone = method(embedded[row], numbers[row], slot[row])
+        alone = method(Features(embedded[row], numbers[row], slot[row]))
         torch.testing.assert_close(alone, logit[row], rtol=1e-11, atol=1e-11)
 
 
@@ -159,8 +159,8 @@ def test_m6_merged_weights_give_the_samelogits(backbone: str, bias: bool) -> Non
             plain.backbone.adaptable()[name].linear.weight.data.copy_(weight)
             plain.backbone.adaptable()[name].linear.bias.data.copy_(bias_t)
         names, features = [domain] * 40, vectors(40, torch.float64)
-        expected = plain(*features, slots(plain, names))
-        logit = method(*features, slots(method, names))
+        expected = plain(Features(*features, slots(plain, names)))
+        logit = method(Features(*features, slots(method, names)))
         torch.testing.assert_close(logit, expected, rtol=1e-11, atol=1e-11)
     assert same(method.shared(), shared)
 
@@ -185,7 +185,7 @@ def test_losses_of_parts_add_up_to_the_mean_over_real_rows(rows: list, data: st.
     cut, real = data.draw(st.integers(0, len(rows))), weight > 0
     method, total = fresh("mlp", ()), int(real.sum())
     parts = [
-        method.loss(logit[part], label[part], weight[part], total)
+        method.loss(logit[part, None], label[part], weight[part], total)
         for part in (slice(cut), slice(cut, None))
     ]
     expected = (

@@ -152,13 +152,14 @@ MISTAKES = {
     "write-shards {file} --set data.source.kind=movielenz": "data.source: unknown kind "
     "'movielenz'; the nearest is 'movielens'",
     "write-shards {file} --set data.source.path={files}/no.zip --out {files}/out": "no such file",
-    "write-shards {file} --base {files} --out {files}/out": "its shared part is not trained yet",
+    "write-shards {file} --base {files} --out {files}/out": "not a run's folder (no run.toml)",
     "evaluate {files}": "not a run's folder (no run.toml); give the one of a `train`",
     "evaluate {run} --domains X": "unknown domain 'X'; the nearest is",
     "evaluate {run} --splits held": "unknown split 'held'",
     "evaluate {run} --shards {files}/corrupt": "its SHA-256 differs from the index; restore",
     "add-domain {run} F --shards {shards}": "'F' has an adapter in {run} already; remove it first",
-    "add-domain {run} X --shards {shards}": "unknown domain 'X'",
+    "add-domain {run} X --shards {shards}": "shards: unknown domain 'X'; the nearest is 'M'; there "
+    "are: F, M; write its rows: write-shards RUN_FILE --base {run} --out FOLDER",
     "remove-domain {run} X": "unknown domain with a mlora adapter 'X'; the nearest is",
     "remove-domain {files} F": "not a run's folder",
     "inspect {files}": "neither a shard set, a run's folder, a checkpoint nor an adapter",

@@ -118,7 +118,8 @@ def test_a_difference_is_named_by_its_key(small: Path) -> None:
         ('pretrain.rows=["trian"]', "pretrain.rows: unknown split 'trian'; .*train, valid, test"),
         ('test=["held"]', "test: unknown split 'held'"),
         ("data.split.parts={a=0.5}", "data.split: .*sum to 0.5; they must sum to 1"),
-        ("method.name=mlora2", "method.name: unknown 'mlora2'; there are: mlora"),
+        ("method={alpha=4}", "method: name is missing; there are: mlora, unictr"),
+        ("method.name=mlora2", "method: unknown name 'mlora2'; the nearest is 'mlora'"),
         ('tables.pinned={usr="row_wise"}', "unknown table in tables.pinned 'usr'; .*'user'"),
         ("adapt.metric=mauc", "adapt: unknown metric 'mauc'; the nearest is 'auc'"),
         ("adapt.patience=0", "adapt: patience is 1 or more, not 0"),
@@ -130,6 +131,11 @@ def test_a_difference_is_named_by_its_key(small: Path) -> None:
 def test_a_mistake_is_named_with_the_way_out(small: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(small, [override])
+
+
+def test_kept_states_and_zero_3_do_not_go_together(small: Path) -> None:
+    with pytest.raises(UserError, match="cache_gb: with engine.zero_stage = 3 .* cache_gb to 0"):
+        load(small, ["encoder.cache_gb=1", "engine.zero_stage=3"])
 
 
 @pytest.mark.parametrize(

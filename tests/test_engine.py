@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_shards import UserError
-from models import MLoRA
+from models import Features, MLoRA
 from tests.gang import gang
 from tests.toy_method import ABC, names_of, same, slots, trained, vectors
 from tests.toy_tables import BATCH, mine
@@ -58,7 +58,7 @@ def _run(engine: Engine, method: MLoRA, seeds: range) -> list[float]:
     losses = []
     for seed in seeds:
         embedded, numbers, label = _batch(seed, mine())
-        logit = engine(embedded, numbers, _slot(method)[mine()])
+        logit = engine(Features(embedded, numbers, _slot(method)[mine()]))
         share = method.loss(logit, label, torch.ones_like(label), BATCH)
         engine.step(share * dist.get_world_size())
         total = share.detach()
@@ -74,7 +74,7 @@ def _plain(phase: int, clip: float = 0.0) -> tuple[list[float], dict[str, Tensor
     adam = torch.optim.Adam(trainable, lr=LR, weight_decay=DECAY)
     for seed in range(STEPS):
         embedded, numbers, label = _batch(seed, slice(None))
-        logit = method(embedded, numbers, _slot(method))
+        logit = method(Features(embedded, numbers, _slot(method)))
         loss = method.loss(logit, label, torch.ones_like(label), BATCH)
         adam.zero_grad()
         loss.backward()

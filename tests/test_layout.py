@@ -18,8 +18,10 @@ ROOMS = ("data_shards", "embeddings", "models", "trainer", "launch")
 DOORS = {
     "torchrec.distributed": "embeddings/placement.py",
     "deepspeed": "trainer/engine.py",
-    "transformers": "models/encoder.py",
-    "peft": "models/encoder.py",
+    "transformers": "models/encoder_library.py",
+    "tokenizers": "models/encoder_library.py",
+    "huggingface_hub": "models/encoder_library.py",
+    "peft": "models/encoder_library.py",
     "wandb": "trainer/log.py",
     "webdataset": None,
 }

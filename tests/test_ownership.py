@@ -6,8 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards import UserError
-from models import METHODS, MLoRA, MLoRAConfig
-from tests.toy_method import ABC, BIAS, EVERY, copies, fresh, logits, same, stir, trained, with_bias
+from models import METHODS, EncoderConfig, MLoRA, MLoRAConfig, Parts
+from models.backbones import BackboneConfig
+from tests.toy_method import (
+    ABC,
+    BIAS,
+    EVERY,
+    INPUTS,
+    copies,
+    fresh,
+    logits,
+    same,
+    stir,
+    trained,
+    with_bias,
+)
 
 
 @EVERY
@@ -103,7 +116,8 @@ def test_without_its_last_domain_a_method_is_plain_again() -> None:
 
 
 def test_a_method_is_found_by_its_configs_name() -> None:
-    assert METHODS[MLoRAConfig().name] is MLoRA
+    parts = Parts(INPUTS, BackboneConfig("mlp", (4,)), EncoderConfig(), seed=1)
+    assert isinstance(METHODS[MLoRAConfig().name](MLoRAConfig(), parts), MLoRA)
 
 
 def test_a_domain_is_added_once() -> None:

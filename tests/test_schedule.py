@@ -104,9 +104,9 @@ def test_an_adapter_comes_out_the_same_whenever_it_is_trained(story: Story) -> N
         ("unfinished", "shared part is not trained yet; run `train` to the end"),
         ("other ids", "another vocabulary than the trunk's .*write-shards --base"),
         ("other schema", "another schema: the field 'domain' differs"),
-        ("one class", "'games': all 80 rows of adapt have label 1; an adapter needs both classes"),
+        ("one class", "'games': all 200 rows of adapt have label 1; an adapter needs both classes"),
         ("unknown", "unknown domain 'gamse'; the nearest is 'games'"),
-        ("few rows", "'games': 80 training rows, adapt.min_rows asks for 1000"),
+        ("few rows", "'games': 200 training rows, adapt.min_rows asks for 1000"),
         ("twice", "'games' has an adapter .*already; remove it first: remove-domain"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import MLoRA, MLoRAConfig
+from models import Features, MLoRA, MLoRAConfig
 from models.backbones import BACKBONES, BackboneConfig, Inputs
 
 INPUTS = Inputs(fields=3, dim=4, numbers=2)
@@ -71,7 +71,7 @@ def names_of(rows: int, among: Sequence[str]) -> list[str]:
 
 def logits(method: MLoRA, names: Sequence[str]) -> Tensor:
     """Of one row of each of these domains."""
-    return method(*vectors(len(names)), slots(method, names))
+    return method(Features(*vectors(len(names)), slots(method, names)))
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

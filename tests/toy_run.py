@@ -36,7 +36,7 @@ SCHEMA = Schema(
 )
 SPLIT = SplitConfig(parts={"train": 0.5, "adapt": 0.2, "valid": 0.15, "test": 0.15})
 SIZES = {"books": 900, "music": 420, "tiny": 45, "toys": 240}
-ADDED = {"games": 400}
+ADDED = {"games": 1000}
 TAGS = ("a", "b", "c", "d")
 
 RUN = {
@@ -50,7 +50,7 @@ RUN = {
     "reading": {"global_batch": 64, "lanes": 4, "shuffle_rows": 128},
     "tables": {"dim": 4, "lr": 0.02, "init_std": 0.1},
     "backbone": {"hidden": [16, 8], "dropout": 0.0},
-    "method": {"alpha": 4},
+    "method": {"name": "mlora", "alpha": 4},
     "pretrain": {"lr": 0.01, "max_epochs": 2},
     "adapt": {"rows": ["adapt"], "lr": 0.02, "max_epochs": 4, "min_rows": 20},
     "tracking": {"wandb": "disabled"},

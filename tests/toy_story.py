@@ -139,7 +139,7 @@ def live(toy: Path, sets: Path, output: Path) -> Story:
 
 def _evaluate_diverged(config: RunConfig, folder: RunFolder) -> Scores:
     trunk = folder.load_trunk(config, here())
-    model = replace(trunk_alone(trunk), dense=lambda _, numbers, slot: slot * torch.nan)
+    model = replace(trunk_alone(trunk), dense=lambda rows: rows.slot[:, None] * torch.nan)
     return evaluate(
         model, schedule._loader(trunk, Path(config.data.shards), ("test",), None), here()
     )

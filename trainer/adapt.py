@@ -22,9 +22,11 @@ from trainer.model import (
     Model,
     Trunk,
     adapter_tensors,
+    add_domain,
     new_extension,
     trunk_alone,
 )
+from trainer.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
     trunk.freeze()
     base = evaluate(trunk_alone(trunk), rows.valid, ranks)
     method = trunk.method()
-    method.add_domain(rows.domain, config.seed)
+    # ZeRO 3 gathers a module's weights on all ranks at each call
+    method.freeze_shared(keep=config.engine.zero_stage < 3)
+    begun = add_domain(trunk, method, rows.domain)
     engine = Engine(
         method,
         method.adapter_parameters(),
@@ -81,9 +85,12 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
         config.reading.global_batch // ranks.world,
     )
     extension = _extension(trunk, rows, phase)
-    model = Model(Embedder(trunk.tables, trunk.rows, extension), engine, (rows.domain,))
+    agree = ranks.agree if method.modules_per_domain else None
+    model = Model(Embedder(trunk.tables, trunk.rows, extension), engine, (rows.domain,), agree)
     position = Position(EarlyStopping(phase.metric, phase.patience))
     position.stopping.update(base.metric(phase.metric), 0)
+    engine.train(False)  # fit switches dropout on again
+    better = begun and position.stopping.update(_value(model, rows.valid, ranks, phase), 0)
     best = _Best(engine, extension)
     fit(
         Trainee(model, engine, method, ranks, config.seed),
@@ -95,7 +102,7 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
         log,
         f"adapt {rows.domain}",
     )
-    kept = position.stopping.best_step > 0
+    kept = better or position.stopping.best_step > 0
     return Adapter(
         method=config.method.name,
         domain=rows.domain,
@@ -113,6 +120,11 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
         tensors=_tensors(trunk, rows, best),
         vocabulary=rows.vocabulary if extension is not None else {},
     )
+
+
+def _value(model: Model, valid: Loader, ranks: Ranks, phase: AdaptConfig) -> float | None:
+    """The phase's metric of an adapter that phase 1 has trained."""
+    return evaluate(model, valid, ranks).metric(phase.metric)
 
 
 class _Best:

@@ -13,8 +13,10 @@ import tomli_w
 
 from data_shards import Field, Reading, Schema, SourceConfig, SplitConfig, UserError
 from data_shards.errors import unknown
+from data_shards.prompted import PromptedConfig
+from data_shards.sources import TableConfig
 from embeddings import TablesConfig
-from models import METHODS, MLoRAConfig
+from models import EncoderConfig, MethodConfig, MLoRAConfig
 from models.backbones import BackboneConfig
 from trainer.engine import EngineConfig
 from trainer.metrics import METRICS
@@ -34,10 +36,35 @@ class DataConfig:
     """Domains that the shard set is made of; none named: all."""
     block_rows: int = 4096
     shard_bytes: int = 256 << 20
+    prompt: PromptedConfig | None = None
+    """`[data.prompt]`: a field of tokens, made of the other fields and of some of its own."""
+
+    def __post_init__(self) -> None:
+        made = self.prompt.field if self.prompt else None
+        kinds = {field.name: field.kind for field in self.fields}
+        if made is not None and kinds.get(made) != "tokens":
+            raise UserError(
+                f"data.prompt.field: data.fields has no {made!r} of kind tokens; add "
+                f"{{ name = {made!r}, kind = 'tokens' }} there"
+            )
+        for name, kind in kinds.items():
+            if kind == "tokens" and name != made and not isinstance(self.source, TableConfig):
+                raise UserError(
+                    f"data.fields: {self.source.kind} has no tokens, so no {name!r}; make them of "
+                    "the other fields by a section [data.prompt]"
+                )
 
     @property
     def schema(self) -> Schema:
         return Schema(self.fields)
+
+    @property
+    def raw(self) -> Schema:
+        """The fields of the rows before their prompts are made."""
+        if self.prompt is None:
+            return self.schema
+        rest = (field for field in self.fields if field.name != self.prompt.field)
+        return Schema((*rest, *self.prompt.fields))
 
 
 @dataclass(frozen=True)
@@ -109,7 +136,10 @@ class RunConfig:
     reading: Reading = field(default_factory=Reading)
     tables: TablesConfig = field(default_factory=TablesConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    method: MLoRAConfig = field(default_factory=MLoRAConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    method: Annotated[MethodConfig, pydantic.Field(discriminator="name")] = field(
+        default_factory=MLoRAConfig
+    )
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -119,9 +149,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed is from 0 to {(1 << 63) - 1}, not {self.seed}")
-        if self.method.name not in METHODS:
+        if self.data.prompt and not self.encoder.path:
             raise UserError(
-                f"method.name: unknown {self.method.name!r}; there are: {', '.join(METHODS)}"
+                "encoder.path: none given, and [data.prompt] needs its tokenizer; give the folder "
+                "or the hub id of an encoder, or leave [data.prompt] out"
+            )
+        if self.encoder.cache_gb and self.engine.zero_stage == 3:
+            raise UserError(
+                "encoder.cache_gb: with engine.zero_stage = 3 all ranks must call the encoder "
+                "equally often, so nothing can be kept; set cache_gb to 0, or zero_stage to 2"
             )
         tables = [field.name for field in self.data.schema.ids]
         for table in self.tables.pinned:
@@ -225,21 +261,30 @@ def _refuse_unknown_keys(kind: type, data: Any, where: str, prefix: str) -> None
 
 
 def _section(hint: Any, data: Any, where: str) -> type | None:
-    """The dataclass that a section is read into; one of several by the section's `kind`."""
-    choices: list[Any] = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+    """The dataclass that a section is read into; one of several by the section's kind or name."""
+    choices: list[Any] = [t for t in _members(hint) if is_dataclass(t)]
     if len(choices) < 2 or not isinstance(data, Mapping):
         return choices[0] if choices else None
-    by_kind = {get_args(get_type_hints(t)["kind"])[0]: t for t in choices}
-    if data.get("kind") not in by_kind:
-        error = unknown("kind", str(data.get("kind", "")), by_kind)
-        raise UserError(f"{where}: {error}")
-    return by_kind[data["kind"]]
+    hints = [get_type_hints(t) for t in choices]
+    tag = "kind" if "kind" in hints[0] else "name"
+    by_tag = {get_args(h[tag])[0]: t for h, t in zip(hints, choices, strict=True)}
+    if tag not in data:
+        raise UserError(f"{where}: {tag} is missing; there are: {', '.join(by_tag)}")
+    if data[tag] not in by_tag:
+        raise UserError(f"{where}: {unknown(tag, str(data[tag]), by_tag)}")
+    return by_tag[data[tag]]
+
+
+def _members(hint: Any) -> list[Any]:
+    """A type, what it is a union or a list of, and theirs."""
+    return [hint, *(t for part in get_args(hint) for t in _members(part))]
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    # pydantic names the kind of a source as if it were a key
-    loc = [part for before, part in pairwise(("", *problem["loc"])) if before != "source"]
+    # pydantic names the kind of a section as if it were a key
+    tagged = ("source", "method")
+    loc = [part for before, part in pairwise(("", *problem["loc"])) if before not in tagged]
     key = ".".join(str(part) for part in loc) or "run file"
     message = problem["msg"].removeprefix("Value error, ")
     got = "" if problem["type"] in ("missing", "value_error") else f", not {problem['input']!r}"

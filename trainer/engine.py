@@ -28,12 +28,14 @@ from deepspeed.utils import (  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from data_shards.errors import UserError  # noqa: E402
+from models import Features  # noqa: E402
 
 logger.setLevel(logging.ERROR)
 # DeepSpeed would compile a C++ all-reduce over shared memory, which needs a compiler on every
 # machine and leaves its segment behind when a rank is killed. gloo does that work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 needs no loss scaler; fp16 is not offered, because the scaler would not reach the
     tables' optimizer."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """How weight_decay works: as L2 in the gradient (MLoRA, UFIN), or apart from it (Uni-CTR)."""
     gradient_clipping: float = 0.0
     """Norm of the dense gradient; 0: none."""
 
@@ -67,7 +71,8 @@ class Engine:
             parameter.requires_grad_(id(parameter) in wanted)
         self.names = {id(p): name for name, p in module.named_parameters() if id(p) in wanted}
         self.trainable = list(trainable)
-        optimizer = torch.optim.Adam(self.trainable, lr=lr, weight_decay=weight_decay, fused=True)
+        kind = OPTIMIZERS[config.optimizer]
+        optimizer = kind(self.trainable, lr=lr, weight_decay=weight_decay, fused=True)
         # Any: deepspeed's own annotations name a dozen optimizers without a common face.
         self._engine: Any = deepspeed.initialize(
             model=module,
@@ -85,9 +90,9 @@ class Engine:
         self._stage = config.zero_stage
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
-    def __call__(self, embedded: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+    def __call__(self, features: Features) -> Tensor:
         """The module's output in fp32."""
-        return self._engine(embedded.to(self._dtype), numbers.to(self._dtype), slot).float()
+        return self._engine(features.to(self._dtype)).float()
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""

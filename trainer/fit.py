@@ -79,7 +79,7 @@ class Trainee:
         mixed = np.random.SeedSequence((self.seed, at, self.ranks.rank))
         self.ranks.seed(int(mixed.generate_state(1, np.uint64)[0]))
         batch = sent.batch
-        logit = self.model.logits_of(sent)
+        logit = self.model.outputs(sent)
         loss = self.method.loss(logit, batch.label, batch.weight, batch.rows)
         if following is not None:
             following.announced()

@@ -7,12 +7,15 @@ to the next.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from data_shards import Batch, Index, Loader, Schema, UserError, Vocabulary
+from data_shards.prompted import Prompter
 from embeddings import (
     Embedder,
     Extension,
@@ -22,13 +25,15 @@ from embeddings import (
     table_width,
     trunk_tables,
 )
-from models import METHODS, Method
+from models import METHODS, Features, Method, Parts, Tokens
 from models.backbones import BACKBONES, Inputs
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
+from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks
 
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+Dense = Callable[[Features], Tensor]
+Agree = Callable[[Tensor], tuple[int, ...]]
 OWN_ROWS = "own_rows/"
 
 
@@ -40,32 +45,56 @@ class Trunk:
     ranks: Ranks
     schema: Schema
     rows: dict[str, int]
+    """Of the vocabulary, by id field; a method that reads no tables has it too."""
     vocabulary: str
     """Fingerprint of the vocabulary that numbers the tables' rows."""
     tables: ShardedTables
     dense: dict[str, Tensor]
+    starts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Adapters that phase 1 trained along, by domain: phase 2 begins with them."""
 
     def method(self) -> Method:
-        """A method with the trunk's dense tensors and no adapter."""
-        method = new_method(self.config, self.schema).to(self.ranks.device)
+        """A method with the trunk's dense tensors and no adapter; what is frozen is shared by all
+        methods of the trunk."""
+        trained = {id(p) for p in self._blank.shared_parameters()}
+        frozen = [p for p in self._blank.parameters() if id(p) not in trained]
+        same = {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen}
+        method = deepcopy(self._blank, same).to(self.ranks.device)
         _copy_into(method.shared(), self.dense, "shared part")
         return method
+
+    @cached_property
+    def _blank(self) -> Method:
+        """The method as it begins."""
+        return new_method(self.config, self.schema)
+
+    @cached_property
+    def _prompter(self) -> Prompter | None:
+        return prompter_of(self.config)
+
+    @cached_property
+    def base(self) -> str:
+        """Fingerprint of what no phase trains, such as an encoder's own weights."""
+        return _digest(self._blank.frozen())
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that no phase trains."""
+        return sum(tensor.numel() for tensor in self._blank.frozen().values())
 
     def freeze(self) -> None:
         self.tables.freeze()
 
     def fingerprint(self) -> str:
         """Of every byte that the other domains depend on; the same for any number of ranks."""
-        digest = hashlib.sha256(self.tables.digest().encode())
-        for name, tensor in sorted(self.dense.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        parts = self.tables.digest(), _digest(self.dense), self.base
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def check(self, loader: Loader) -> None:
         """Refuse shards whose ids mean other rows."""
         for index in loader.indexes:
             index.require_schema(self.schema)
+            require_same_prompts(self._prompter, index.source.get("prompt"), "these shards")
             if index.vocabulary.trunk != self.vocabulary:
                 raise UserError(
                     "these shards number their ids by another vocabulary than the trunk's tables; "
@@ -80,6 +109,8 @@ class Model:
     embedder: Embedder
     dense: Dense
     domains: Sequence[str]
+    agree: Agree | None = None
+    """The slots in any rank's batch, from those of this rank's rows; see `Features.slots`."""
 
     def slots(self, loader: Loader) -> Tensor:
         """The slot of each of the loader's domains, -1 where no adapter is loaded."""
@@ -88,16 +119,26 @@ class Model:
 
     def logits(self, batch: Batch, slots: Tensor, extended: bool) -> Tensor:
         """[B]; `slots` from `slots(loader)`, `extended` if some shard set has own ids."""
-        return self.logits_of(self.send(batch, slots, extended))
+        return self.outputs(self.send(batch, slots, extended))[:, 0]
 
     def send(self, batch: Batch, slots: Tensor, extended: bool) -> "Sent":
         """Start to move a batch's ids to the ranks that hold their rows."""
         slot = slots[batch.domain]
         return Sent(batch, slot, self.embedder.send(batch.ids, slot if extended else None))
 
-    def logits_of(self, sent: "Sent") -> Tensor:
-        """[B], of a batch whose ids are on their way."""
-        return self.dense(self.embedder.vectors(sent.ids), sent.batch.numbers, sent.slot)
+    def outputs(self, sent: "Sent") -> Tensor:
+        """[B, k] as in `Method.forward`, of a batch whose ids are on their way."""
+        batch, slot = sent.batch, sent.slot
+        none = batch.numbers.new_empty(len(batch), 0, 0)
+        return self.dense(
+            Features(
+                embedded=self.embedder.vectors(sent.ids) if sent.ids else none,
+                numbers=batch.numbers,
+                slot=slot,
+                tokens=_prompts(batch),
+                slots=self.agree(slot) if self.agree else None,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -114,12 +155,26 @@ class Sent:
             ids.announced()
 
 
+def _prompts(batch: Batch) -> Tokens | None:
+    """A schema has one field of tokens at most: the prompt."""
+    return next((Tokens(t.values(), t.lengths()) for t in batch.tokens.values()), None)
+
+
 def new_method(config: RunConfig, schema: Schema) -> Method:
     """First weights are a pure function of the seed."""
     inputs = Inputs(len(schema.ids), config.tables.dim, len(schema.numbers))
+    parts = Parts(inputs, config.backbone, config.encoder, config.seed)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return METHODS[config.method.name](inputs, config.backbone, config.method)
+        return METHODS[config.method.name](config.method, parts)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def new_trunk(config: RunConfig, ranks: Ranks, index: Index) -> Trunk:
@@ -139,7 +194,8 @@ def empty_trunk(
 ) -> Trunk:
     """A shared part of these sizes, with its first weights."""
     ids = {field.name: rows[field.name] for field in schema.ids}
-    tables = trunk_tables(ids, config.tables, row_width(config))
+    read = ids if config.method.reads_tables else {}
+    tables = trunk_tables(read, config.tables, row_width(config))
     sharded = ShardedTables(tables, config.tables, ranks.device, config.seed)
     dense = {name: t.clone() for name, t in new_method(config, schema).shared().items()}
     return Trunk(config, ranks, schema, ids, vocabulary, sharded, dense)
@@ -158,6 +214,14 @@ def trunk_alone(trunk: Trunk) -> Model:
     """The shared part without any adapter."""
     method = trunk.method().eval()
     return Model(Embedder(trunk.tables, trunk.rows), method, method.domains)
+
+
+def add_domain(trunk: Trunk, method: Method, domain: str) -> bool:
+    """Give the domain an adapter; returns whether it is one that phase 1 has trained."""
+    method.add_domain(domain, trunk.config.seed)
+    if domain in trunk.starts:
+        _copy_into(method.adapter(domain), trunk.starts[domain], f"adapter of {domain}")
+    return domain in trunk.starts
 
 
 def with_adapters(trunk: Trunk, adapters: Sequence[Adapter]) -> Model:

@@ -30,7 +30,7 @@ class Pretrained:
     seconds: float
     steps: int
     adapters: dict[str, dict[str, Tensor]]
-    """By domain, in one-phase training; else empty."""
+    """By domain, where they learned with the shared part; else empty."""
 
 
 def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog) -> Pretrained:
@@ -47,7 +47,7 @@ def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog
         raise unknown("metric in pretrain.metric", phase.metric, metrics)
     method = trunk.method()
     trained = method.shared_parameters()
-    if phase.one_phase:
+    if phase.one_phase or method.adapters_in_pretrain:
         for domain in train.domains:
             method.add_domain(domain, config.seed)
         trained = [*method.shared_parameters(), *method.adapter_parameters()]
@@ -59,7 +59,8 @@ def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog
         phase.weight_decay,
         config.reading.global_batch // ranks.world,
     )
-    model = Model(Embedder(trunk.tables, trunk.rows), engine, tuple(method.domains))
+    agree = ranks.agree if method.modules_per_domain else None
+    model = Model(Embedder(trunk.tables, trunk.rows), engine, tuple(method.domains), agree)
     position = Position(EarlyStopping(phase.metric, phase.patience))
     data = [index.fingerprint for index in train.indexes]
     newest = checkpoint.latest(folder)

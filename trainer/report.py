@@ -10,18 +10,20 @@ HEAD = ["domain", "test rows", "AUC shared", "+ adapter", "change", "log loss", 
 
 
 def sizes(trunk: Trunk, adapters: Sequence[Adapter]) -> dict[str, int]:
-    """Parameters of the trunk, and of the largest adapter; 4 bytes each."""
+    """Parameters of the trunk, those that no phase trains apart, and of the largest adapter; 4
+    bytes each."""
     tables = sum(table.rows * table.width for table in trunk.tables.tables)
     dense = sum(tensor.numel() for tensor in trunk.dense.values())
     counts = [sum(t.numel() for t in adapter.tensors.values()) for adapter in adapters]
-    return {"tables": tables, "dense": dense, "adapter": max(counts, default=0)}
+    adapter = max(counts, default=0)
+    return {"tables": tables, "dense": dense, "frozen": trunk.frozen, "adapter": adapter}
 
 
 def final_table(summary: dict[str, Any]) -> str:
     """Per domain: rows, AUC and log loss of the shared part and with its adapter."""
     shared, adapted = summary["shared"], summary["adapted"]
     if adapted is None:
-        return f"{_shared_table(shared)}\n{_size_line(summary['sizes'])}"
+        return f"{shared_table(shared)}\n{_size_line(summary['sizes'])}"
     kept = set(summary["kept"])
     after = {score["domain"]: score for score in adapted["domains"]}
     rows = [
@@ -43,8 +45,8 @@ def final_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shared_table(shared: dict[str, Any]) -> str:
-    """Of a run that adapted no domain."""
+def shared_table(shared: dict[str, Any]) -> str:
+    """Of the shared part alone."""
     rows = [
         [one["domain"], f"{one['rows']:,}", _figure(one["auc"]), f"{one['log_loss']:.4f}"]
         for one in shared["domains"]
@@ -112,8 +114,9 @@ def _pair(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _size_line(counts: dict[str, int]) -> str:
-    trunk, adapter = counts["tables"] + counts["dense"], counts["adapter"]
-    line = f"trunk {trunk:,} parameters ({4 * trunk:,} bytes; {counts['tables']:,} in tables)"
+    trunk, adapter = counts["tables"] + counts["dense"] + counts["frozen"], counts["adapter"]
+    line = f"trunk {trunk:,} parameters ({4 * trunk:,} bytes; {counts['tables']:,} in tables"
+    line += f", {counts['frozen']:,} frozen)" if counts["frozen"] else ")"
     if adapter:
         line += f", largest adapter {adapter:,} ({4 * adapter:,} bytes, {adapter / trunk:.2%})"
     return line

@@ -9,7 +9,7 @@ import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from data_shards import Index, Location, Schema, UserError, Vocabulary
 from trainer import checkpoint
@@ -20,6 +20,8 @@ from trainer.model import Trunk, empty_trunk
 from trainer.ranks import Ranks, together
 
 RUN_FILE, SUMMARY = "run.toml", "summary.json"
+START = "start/"
+"""Before the names of the tensors with which a domain's phase 2 begins."""
 
 
 class RunFolder:
@@ -71,6 +73,7 @@ class RunFolder:
             "domains": list(index.domains),
             "shards": index.fingerprint,
             "seconds": seconds,
+            "base": trunk.base,
         }
 
         def save() -> None:
@@ -78,7 +81,12 @@ class RunFolder:
             index.load_vocabulary(shards).save(self.vocabulary)
 
         together(trunk.ranks, self.path, lambda: save() if trunk.ranks.first else None)
-        snapshot = Snapshot(trunk.dense, values)
+        starts = {
+            f"{START}{quote(domain, safe='')}/{name}": tensor
+            for domain, tensors in trunk.starts.items()
+            for name, tensor in tensors.items()
+        }
+        snapshot = Snapshot({**trunk.dense, **starts}, values)
         checkpoint.save(self.trunk, trunk.ranks, trunk.tables, snapshot, optimizer=False)
 
     def load_trunk(self, config: RunConfig, ranks: Ranks) -> Trunk:
@@ -87,7 +95,16 @@ class RunFolder:
         schema = Schema.from_json(values["schema"])
         trunk = empty_trunk(config, ranks, schema, values["rows"], values["vocabulary"])
         snapshot = checkpoint.load(self.trunk, ranks, trunk.tables, optimizer=False)
-        trunk.dense = snapshot.tensors
+        for name, tensor in snapshot.tensors.items():
+            if name.startswith(START):
+                domain, name = name.removeprefix(START).split("/", 1)
+                trunk.starts.setdefault(unquote(domain), {})[name] = tensor
+        trunk.dense = {k: t for k, t in snapshot.tensors.items() if not k.startswith(START)}
+        if trunk.base != values["base"]:
+            raise UserError(
+                f"{self.path}: learned on another encoder than the one at {config.encoder.path}; "
+                "put that one back there, or train a run of another name"
+            )
         trunk.freeze()
         return trunk
 

@@ -45,7 +45,10 @@ def _train(
         trunk = new_trunk(config, ranks, index)
         pretrained = pretrain(trunk, [shards], folder.checkpoints, log)
         seconds = pretrained.seconds
-        _save_one_phase(trunk, pretrained, index, folder)
+        if "adapt" in config.phases and not config.pretrain.one_phase:
+            trunk.starts = pretrained.adapters
+        else:
+            _save_one_phase(trunk, pretrained, index, folder)
         folder.save_trunk(trunk, index, shards, seconds)
         trunk.freeze()
     trunk_id = trunk.fingerprint()
@@ -221,6 +224,25 @@ def evaluate_run(
     kept = [renumbered(adapter, vocabulary) for adapter in kept]
     base = evaluate(trunk_alone(trunk), loader, ranks, "shared part")
     return base, evaluate(with_adapters(trunk, kept), loader, ranks, "with adapters")
+
+
+def zero_shot(
+    config: RunConfig,
+    folder: RunFolder,
+    shards: Location,
+    splits: tuple[str, ...],
+    domain: str,
+    ranks: Ranks,
+) -> Scores:
+    """Scores of the shared part on a domain that phase 1 has not seen."""
+    if domain in folder.trunk_values()["domains"]:
+        raise UserError(
+            f"domain {domain!r}: {folder.path} has learned from it, so this is not zero-shot; "
+            "name one that was held out, or leave --zero-shot away"
+        )
+    trunk = folder.load_trunk(config, ranks)
+    loader = _loader(trunk, shards, splits, (domain,))
+    return evaluate(trunk_alone(trunk), loader, ranks, f"{domain}, shared part")
 
 
 def _loader(

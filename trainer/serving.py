@@ -1,6 +1,6 @@
 """A run's model in one process, for rows that are not in any shard."""
 
-from dataclasses import dataclass
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -9,16 +9,9 @@ import torch
 from data_shards import encode_batch
 from trainer.config import RunConfig
 from trainer.model import with_adapters
+from trainer.prompting import prompter_of
 from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Served:
-    """Probabilities of some rows, and how many of them no adapter took part in."""
-
-    probability: np.ndarray
-    alone: int
 
 
 class Server:
@@ -26,7 +19,9 @@ class Server:
 
     def __init__(self, config: RunConfig, folder: RunFolder, ranks: Ranks) -> None:
         trunk = folder.load_trunk(config, ranks)
-        self.schema = trunk.schema
+        self.raw = config.data.raw
+        self._schema = trunk.schema
+        self._prompter = prompter_of(config)
         self._ranks = ranks
         adapters = folder.kept_adapters(config.method.name, trunk.fingerprint())
         self._model = with_adapters(trunk, adapters)
@@ -36,9 +31,16 @@ class Server:
             a.domain: base.with_added(a.vocabulary) for a in adapters if a.vocabulary
         }
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Those that have an adapter."""
+        return tuple(self._model.domains)
+
     @torch.no_grad()
-    def probabilities(self, rows: pa.Table) -> Served:
-        """Click probabilities in the rows' order, from `row_id`, `domain` and raw fields."""
+    def probabilities(self, rows: pa.Table) -> np.ndarray:
+        """Of a click, in the rows' order, from `row_id`, `domain` and the fields of `raw`."""
+        if self._prompter:
+            rows = self._prompter.add(rows, Counter())
         names = rows["domain"].to_numpy(zero_copy_only=False)
         probability = np.empty(len(rows))
         place = {domain: slot for slot, domain in enumerate(self._model.domains)}
@@ -52,10 +54,9 @@ class Server:
             label = pa.array(np.zeros(len(part), np.float32))
             encoded = vocabulary.encode(part.append_column("label", label))
             slots = np.array([place.get(name, -1) for name in names[mask]])
-            batch = encode_batch(self.schema, encoded, slots).to(self._ranks.device)
+            batch = encode_batch(self._schema, encoded, slots).to(self._ranks.device)
             identity = torch.arange(len(place) + 1, device=self._ranks.device)
             identity[-1] = -1
             logit = self._model.logits(batch, identity, owner is not None)
             probability[mask] = torch.sigmoid(logit.double()).cpu().numpy()
-        known = np.isin(names, list(place))
-        return Served(probability, int((~known).sum()))
+        return probability

@@ -1,0 +1,98 @@
+"""A pretrained language model with LoRA: token ids become hidden states (Uni-CTR, Eq. 5-6).
+
+n prompts, at least one; T tokens; L layers.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from data_shards.errors import UserError
+from models.dropout import dropout
+from models.encoder_files import EncoderConfig, find
+
+
+class Dropout(nn.Dropout):
+    """With Banyan's own random bits: torch's took an eighth of a step on CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p, self.training)
+
+
+class Encoder(nn.Module):
+    """The frozen base in fp32, with LoRA that adds nothing yet.
+
+    UserError for a path, a target layer or a setting that makes no encoder.
+    """
+
+    def __init__(self, config: EncoderConfig, seed: int) -> None:
+        # seconds of import, for the runs alone that have an encoder
+        from models.encoder_library import add_lora, load_model
+
+        super().__init__()
+        self._files = find(config)
+        self.model = load_model(self._files).train()
+        shape = self.model.config.to_dict()
+        _check_length(config, shape.get("max_position_embeddings"))
+        add_lora(self.model, config, seed)
+        for name, part in [*self.model.named_modules()]:
+            if type(part) is nn.Dropout:
+                self.model.set_submodule(name, Dropout(part.p))
+        self._lora = {name for name, p in self.named_parameters() if p.requires_grad}
+        if config.checkpointing:
+            self.model.activation_checkpointing_enable()
+        self.hidden: int = self.model.config.hidden_size
+        self.layers: int = self.model.config.num_hidden_layers
+        self.taps = tuple(range(0, self.layers + 1, config.every))
+        """0, f, 2f, ... <= L: which hidden states `forward` gives; 0 is the embedding's output."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """The tapped states and then the last one, each [n, T, hidden], for ids [n, T] int64 and
+        mask [n, T] bool, true on tokens, false on the padding to their right.
+
+        What stands in the padding changes no other state; those on it mean nothing, but are finite.
+        A row of padding alone reads as its first id.
+        """
+        visible = mask.clone()
+        visible[:, 0] = True  # attention over nothing is another thing in each kernel
+        states = self.model(input_ids=ids, attention_mask=visible.long(), output_hidden_states=True)
+        tapped = [states.hidden_states[layer] for layer in self.taps]
+        return [*tapped, states.last_hidden_state]
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """All that can be trained."""
+        return [p for name, p in self.named_parameters() if name in self._lora]
+
+    def lora(self) -> dict[str, Tensor]:
+        """A and B of each target layer, live, by name."""
+        return {name: p.data for name, p in self.named_parameters() if name in self._lora}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """All else, live, by name: the base's weights and the buffers that its config makes."""
+        base = {name: p.data for name, p in self.named_parameters() if name not in self._lora}
+        return {**base, **dict(self.named_buffers())}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base's files: equal for equal weights in equal files, wherever they lie."""
+        return self._files.fingerprint()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
+        """Buffers keep their precision: rotary frequencies in bf16 are half a radian off at token
+        256. It is what `to`, `bfloat16` and `cuda` go through."""
+        buffers = {id(buffer) for buffer in self.buffers()}
+
+        def exact(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if id(tensor) in buffers else changed
+
+        return super()._apply(exact, recurse)
+
+
+def _check_length(config: EncoderConfig, positions: int | None) -> None:
+    if positions is not None and config.max_tokens > positions:
+        raise UserError(
+            f"encoder.max_tokens: {config.max_tokens}, but {config.path} has {positions} "
+            "positions; give that or less"
+        )
