@@ -14,7 +14,7 @@ from models.encoder_files import EncoderConfig, find
 
 
 class Dropout(nn.Dropout):
-    """With Banyan's own random bits: torch's took an eighth of a step on CPU."""
+    """With our own random bits, which cost less on CPU than torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return dropout(input, self.p, self.training)

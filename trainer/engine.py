@@ -102,6 +102,8 @@ class Engine:
         """One backward through the dense part and the tables, and one optimizer step."""
         self._engine.backward(loss)
         self._engine.step()
+        if self._stage == 3:  # or a parameter without a gradient would take its last one again
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def parameters(self) -> dict[str, Tensor]:
         """Whole fp32 masters of what is trained, by name, on every rank."""
