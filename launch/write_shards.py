@@ -40,11 +40,10 @@ def _part(text: str) -> Part:
 
 def _vocabulary(run: Path, prompter: Prompter | None) -> Vocabulary:
     # torch comes with it: not before the run file is read
-    from trainer.prompting import prompter_of, require_same_prompts
+    from trainer.prompting import require_same_prompts
     from trainer.run_folder import RunFolder
 
-    theirs = prompter_of(RunFolder.config(run))
-    require_same_prompts(prompter, theirs.describe() if theirs else None, str(run))
+    require_same_prompts(prompter, RunFolder(run).trunk_values()["prompts"], str(run))
     return RunFolder(run).load_vocabulary()
 
 

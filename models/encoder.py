@@ -3,9 +3,11 @@
 n prompts, at least one; T tokens; L layers.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
@@ -34,7 +36,10 @@ class Encoder(nn.Module):
         self._files = find(config)
         self.model = load_model(self._files).train()
         shape = self.model.config.to_dict()
-        _check_length(config, shape.get("max_position_embeddings"))
+        positions = shape.get("max_position_embeddings")
+        _check_length(config, positions)
+        self._rows: int = shape["vocab_size"]
+        self._positions: int = positions or sys.maxsize
         add_lora(self.model, config, seed)
         for name, part in [*self.model.named_modules()]:
             if type(part) is nn.Dropout:
@@ -54,11 +59,22 @@ class Encoder(nn.Module):
         What stands in the padding changes no other state; those on it mean nothing, but are finite.
         A row of padding alone reads as its first id.
         """
+        self._check_ids(ids)
         visible = mask.clone()
         visible[:, 0] = True  # attention over nothing is another thing in each kernel
         states = self.model(input_ids=ids, attention_mask=visible.long(), output_hidden_states=True)
         tapped = [states.hidden_states[layer] for layer in self.taps]
         return [*tapped, states.last_hidden_state]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """UserError for tokens that this encoder cannot have given, as a log's own may be."""
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= self._rows or ids.shape[1] > self._positions:
+            raise UserError(
+                f"prompts hold tokens {low} to {high}, up to {ids.shape[1]} of them; the encoder "
+                f"reads 0 to {self._rows - 1}, up to {self._positions}: write the shards with its "
+                "own tokenizer, as [data.prompt] does"
+            )
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """All that can be trained."""

@@ -5,6 +5,7 @@ Weights come as safetensors or GGUF alone, and no code that lies beside them is 
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.every, self.lora_rank, self.chunks) < 1:
             raise UserError("encoder: max_tokens, every, lora_rank and chunks are 1 or more")
-        if self.cache_gb < 0:
+        if not 0 <= self.cache_gb < math.inf:
             raise UserError(f"encoder: cache_gb is 0 or more, not {self.cache_gb}")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"encoder: lora_dropout is 0 to below 1, not {self.lora_dropout}")

@@ -42,6 +42,8 @@ class StateCache:
     def _keep(
         self, keys: Sequence[bytes], lengths: Sequence[int], encoded: Sequence[States]
     ) -> None:
+        if self.bytes >= self.budget:
+            return
         rows = (row for chunk in encoded for row in torch.stack(chunk.states, dim=2))
         for key, length, row in zip(keys, lengths, rows, strict=True):
             if self.bytes + row[:length].nbytes <= self.budget:

@@ -101,7 +101,9 @@ class UniCTR(Method):
         beside = features.embedded[:, :, : self.dim].flatten(1)
         rows = Rows(features.slot, prompts.of_row, beside).at(order)
         pooled = torch.cat([self.general.pool(*chunk) for chunk in encoded])[-len(prompts.ids) :]
-        general = self.general.score(pooled, rows.prompt, rows.beside)
+        # a frozen general network must not teach an added domain's own rows
+        fixed = rows.beside.detach() if self._frozen else rows.beside
+        general = self.general.score(pooled, rows.prompt, fixed)
         slots = _present(rows.slot) if features.slots is None else features.slots
         own = self._own(encoded, prompts, rows, slots, general) if slots else general
         return torch.stack([own, general, (rows.slot >= 0).to(own)], dim=1)[order.argsort()]

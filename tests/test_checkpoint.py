@@ -37,7 +37,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "format": (
         lambda folder: (folder / "manifest.json").write_text('{"format": 9, "files": {}}'),
-        "format 9; this reads 1",
+        "format 9; this reads 2: train it anew",
     ),
 }
 # Name of a full disk -> the rank that meets it, in which file.

@@ -152,7 +152,7 @@ MISTAKES = {
     "write-shards {file} --set data.source.kind=movielenz": "data.source: unknown kind "
     "'movielenz'; the nearest is 'movielens'",
     "write-shards {file} --set data.source.path={files}/no.zip --out {files}/out": "no such file",
-    "write-shards {file} --base {files} --out {files}/out": "not a run's folder (no run.toml)",
+    "write-shards {file} --base {files} --out {files}/out": "its shared part is not trained yet",
     "evaluate {files}": "not a run's folder (no run.toml); give the one of a `train`",
     "evaluate {run} --domains X": "unknown domain 'X'; the nearest is",
     "evaluate {run} --splits held": "unknown split 'held'",

@@ -133,6 +133,12 @@ def test_a_mistake_is_named_with_the_way_out(small: Path, override: str, message
         load(small, [override])
 
 
+def test_a_row_has_one_prompt(small: Path) -> None:
+    fields = """[{name="a", kind="id"}, {name="x", kind="tokens"}, {name="y", kind="tokens"}]"""
+    with pytest.raises(UserError, match="x and y are of kind tokens; a row has one prompt"):
+        load(small, [f"data.fields={fields}"])
+
+
 def test_kept_states_and_zero_3_do_not_go_together(small: Path) -> None:
     with pytest.raises(UserError, match="cache_gb: with engine.zero_stage = 3 .* cache_gb to 0"):
         load(small, ["encoder.cache_gb=1", "engine.zero_stage=3"])

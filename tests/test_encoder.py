@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, T5EncoderModel
 
+from data_shards import UserError
 from models.encoder import Encoder, EncoderConfig
 from models.prompt_tokenizer import PromptTokenizer
 from tests.toy_encoder import (
@@ -260,3 +261,19 @@ def test_training_mode_reaches_the_base(folder: Path) -> None:
     assert all(module.training for module in encoder.modules())
     encoder.eval()
     assert torch.equal(encoder(*batch)[-1], encoder(*batch)[-1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[3, VOCABULARY]], "the encoder reads 0 to"),
+        ([[3, -1]], "tokens -1 to 3"),
+        ([[1] * 65], "up to 65 of them; .*, up to 64: write the shards with its own tokenizer"),
+    ],
+)
+def test_tokens_of_another_tokenizer_are_named(
+    folders: dict[str, Path], ids: list[list[int]], message: str
+) -> None:
+    encoder = Encoder(_config(folders["bert"]), seed=1)
+    with pytest.raises(UserError, match=message):
+        encoder(torch.tensor(ids), torch.ones(1, len(ids[0]), dtype=torch.bool))

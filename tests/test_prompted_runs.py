@@ -3,6 +3,7 @@
 # Arrow makes its compute functions when it is imported, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -153,6 +154,11 @@ def test_an_added_domain_has_the_prompts_of_its_trunk(
     folder = RunFolder(tmp_path / "base")
     folder.path.mkdir()
     (folder.path / "run.toml").write_text(run_files.dump(config), encoding="utf-8")
+    prompter = prompter_of(config)
+    assert prompter is not None
+    folder.trunk.mkdir()
+    (folder.trunk / "manifest.json").touch()
+    (folder.trunk / "state.json").write_text(json.dumps({"prompts": prompter.describe()}))
     command = ["write-shards", str(made / "run.toml"), "--base", str(folder.path)]
     command += ["--out", str(tmp_path / "added"), "--set", "encoder.max_tokens=30"]
     assert main(command) == 2

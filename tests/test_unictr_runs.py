@@ -120,7 +120,8 @@ def test_no_file_of_a_run_holds_a_frozen_weight(story: Story, toy: Path, output:
     learned = _bytes(method.shared()) + sum(map(_bytes, heads))
     assert _bytes(trunk) == learned
     steps = f"checkpoints/step-{STEPS:010d}"
-    saved, _ = checkpoint_at(output / "whole" / steps)
+    saved, values = checkpoint_at(output / "whole" / steps)
+    assert values["base"] == checkpoint_at(output / "whole" / "trunk")[1]["base"]
     assert _bytes(saved) - _bytes({"": saved["optimizer/steps"]}) == 3 * learned
     frozen = {tuple(t.shape) for t in method.frozen().values()} - {
         tuple(t.shape) for part in (method.shared(), *heads) for t in part.values()
@@ -137,6 +138,7 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     [
         ("other encoder", "whole: learned on another encoder than the one at .*other_encoder; put"),
         ("other prompts", "its prompts are of another run file .they differ in tokenizer.max_tok"),
+        ("served", "whole: its prompts are of another run file .they differ in tokenizer.max_tok"),
         ("learned", "domain 'music': .*has learned from it, so this is not zero-shot; name one"),
         ("unknown", "unknown domain 'gamse'; .*there are: books, music, toys"),
     ],

@@ -250,6 +250,7 @@ def _told(config: RunConfig, toy: Path, output: Path) -> dict[str, str]:
     return {
         "other encoder": refused(lambda: folder.load_trunk(elsewhere, here())),
         "other prompts": refused(lambda: schedule.train(longer, here())),
+        "served": refused(lambda: folder.load_trunk(longer, here())),
         "learned": refused(shot("music")),
         "unknown": refused(shot("gamse")),
     }

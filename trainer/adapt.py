@@ -74,7 +74,7 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
     base = evaluate(trunk_alone(trunk), rows.valid, ranks)
     method = trunk.method()
     # ZeRO 3 gathers a module's weights on all ranks at each call
-    method.freeze_shared(keep=config.engine.zero_stage < 3)
+    method.freeze_shared(keep=config.encoder.cache_gb > 0 and config.engine.zero_stage < 3)
     begun = add_domain(trunk, method, rows.domain)
     engine = Engine(
         method,

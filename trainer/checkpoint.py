@@ -23,7 +23,7 @@ from data_shards.durable import flush
 from embeddings import ShardedTables
 from trainer.ranks import Ranks, together
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, LATEST = "manifest.json", "latest"
 SEPARATOR = "|"
 
@@ -196,7 +196,9 @@ def _verified(folder: Path, ranks: Ranks) -> dict[str, str]:
                 f"{folder}: no complete checkpoint (no readable {MANIFEST}); take another one"
             ) from None
         if manifest.get("format") != FORMAT:
-            raise UserError(f"{folder}: format {manifest.get('format')!r}; this reads {FORMAT}")
+            raise UserError(
+                f"{folder}: format {manifest.get('format')!r}; this reads {FORMAT}: train it anew"
+            )
         files = manifest["files"]
         for name in sorted(files)[ranks.rank :: ranks.world]:
             path = folder / name

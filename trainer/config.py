@@ -47,6 +47,12 @@ class DataConfig:
                 f"data.prompt.field: data.fields has no {made!r} of kind tokens; add "
                 f"{{ name = {made!r}, kind = 'tokens' }} there"
             )
+        tokens = [name for name, kind in kinds.items() if kind == "tokens"]
+        if len(tokens) > 1:
+            raise UserError(
+                f"data.fields: {' and '.join(tokens)} are of kind tokens; a row has one prompt, so "
+                "keep one of them"
+            )
         for name, kind in kinds.items():
             if kind == "tokens" and name != made and not isinstance(self.source, TableConfig):
                 raise UserError(

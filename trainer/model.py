@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -59,28 +60,31 @@ class Trunk:
         trained = {id(p) for p in self._blank.shared_parameters()}
         frozen = [p for p in self._blank.parameters() if id(p) not in trained]
         same = {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen}
-        method = deepcopy(self._blank, same).to(self.ranks.device)
+        method = deepcopy(self._blank, same)
         _copy_into(method.shared(), self.dense, "shared part")
         return method
 
     @cached_property
     def _blank(self) -> Method:
         """The method as it begins."""
-        return new_method(self.config, self.schema)
+        return new_method(self.config, self.schema).to(self.ranks.device)
 
     @cached_property
     def _prompter(self) -> Prompter | None:
         return prompter_of(self.config)
 
-    @cached_property
+    @property
     def base(self) -> str:
-        """Fingerprint of what no phase trains, such as an encoder's own weights."""
+        """Fingerprint of what no phase trains, such as an encoder's own weights; read anew."""
         return _digest(self._blank.frozen())
 
-    @property
-    def frozen(self) -> int:
-        """Parameters that no phase trains."""
-        return sum(tensor.numel() for tensor in self._blank.frozen().values())
+    def require_base(self, theirs: str, where: Path) -> None:
+        """UserError unless what was learned there stood on the same base."""
+        if theirs != self.base:
+            raise UserError(
+                f"{where}: learned on another encoder than the one at {self.config.encoder.path}; "
+                "put that one back there, or train a run of another name"
+            )
 
     def freeze(self) -> None:
         self.tables.freeze()
@@ -110,7 +114,7 @@ class Model:
     dense: Dense
     domains: Sequence[str]
     agree: Agree | None = None
-    """The slots in any rank's batch, from those of this rank's rows; see `Features.slots`."""
+    """The slots of all ranks' rows, for `Features.slots`."""
 
     def slots(self, loader: Loader) -> Tensor:
         """The slot of each of the loader's domains, -1 where no adapter is loaded."""
@@ -130,12 +134,14 @@ class Model:
         """[B, k] as in `Method.forward`, of a batch whose ids are on their way."""
         batch, slot = sent.batch, sent.slot
         none = batch.numbers.new_empty(len(batch), 0, 0)
+        # a schema has one field of tokens at most
+        prompts = [Tokens(field.values(), field.lengths()) for field in batch.tokens.values()]
         return self.dense(
             Features(
                 embedded=self.embedder.vectors(sent.ids) if sent.ids else none,
                 numbers=batch.numbers,
                 slot=slot,
-                tokens=_prompts(batch),
+                tokens=prompts[0] if prompts else None,
                 slots=self.agree(slot) if self.agree else None,
             )
         )
@@ -153,11 +159,6 @@ class Sent:
         """Let the ids go, now that every rank knows how many it gets."""
         for ids in self.ids:
             ids.announced()
-
-
-def _prompts(batch: Batch) -> Tokens | None:
-    """A schema has one field of tokens at most: the prompt."""
-    return next((Tokens(t.values(), t.lengths()) for t in batch.tokens.values()), None)
 
 
 def new_method(config: RunConfig, schema: Schema) -> Method:
@@ -197,8 +198,9 @@ def empty_trunk(
     read = ids if config.method.reads_tables else {}
     tables = trunk_tables(read, config.tables, row_width(config))
     sharded = ShardedTables(tables, config.tables, ranks.device, config.seed)
-    dense = {name: t.clone() for name, t in new_method(config, schema).shared().items()}
-    return Trunk(config, ranks, schema, ids, vocabulary, sharded, dense)
+    trunk = Trunk(config, ranks, schema, ids, vocabulary, sharded, {})
+    trunk.dense = {name: tensor.clone() for name, tensor in trunk._blank.shared().items()}
+    return trunk
 
 
 def row_width(config: RunConfig) -> int:

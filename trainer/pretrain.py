@@ -106,7 +106,8 @@ def _save(folder: Path, trunk: Trunk, engine: Engine, position: Position, data: 
     state = {OPTIMIZER + name: tensor for name, tensor in engine.optimizer_state().items()}
     parameters = {PARAMETER + name: tensor for name, tensor in engine.parameters().items()}
     name = _name(position.steps)
-    snapshot = Snapshot({**state, **parameters}, {**position.state(), "data": data})
+    values = {**position.state(), "data": data, "base": trunk.base}
+    snapshot = Snapshot({**state, **parameters}, values)
     checkpoint.save(folder / name, trunk.ranks, trunk.tables, snapshot)
     keep, best = trunk.config.keep_checkpoints, _name(position.stopping.best_step)
     checkpoint.mark_latest(folder, name, trunk.ranks, keep, best)
@@ -119,6 +120,7 @@ def _resume(path: Path, trunk: Trunk, engine: Engine, data: list[str]) -> Positi
             f"{path}: learned from other shards than those in data.shards now; "
             "restore them, or start a run of another name"
         )
+    trunk.require_base(snapshot.values["base"], path)
     engine.load(_under(PARAMETER, snapshot.tensors), _under(OPTIMIZER, snapshot.tensors))
     return Position.from_state(snapshot.values)
 

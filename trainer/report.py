@@ -16,7 +16,8 @@ def sizes(trunk: Trunk, adapters: Sequence[Adapter]) -> dict[str, int]:
     dense = sum(tensor.numel() for tensor in trunk.dense.values())
     counts = [sum(t.numel() for t in adapter.tensors.values()) for adapter in adapters]
     adapter = max(counts, default=0)
-    return {"tables": tables, "dense": dense, "frozen": trunk.frozen, "adapter": adapter}
+    frozen = sum(tensor.numel() for tensor in trunk.method().frozen().values())
+    return {"tables": tables, "dense": dense, "frozen": frozen, "adapter": adapter}
 
 
 def final_table(summary: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from trainer.adapter_store import Adapter, AdapterStore
 from trainer.checkpoint import Snapshot
 from trainer.config import RunConfig, dump, first_difference, from_dict
 from trainer.model import Trunk, empty_trunk
+from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks, together
 
 RUN_FILE, SUMMARY = "run.toml", "summary.json"
@@ -66,6 +67,7 @@ class RunFolder:
 
     def save_trunk(self, trunk: Trunk, index: Index, shards: Location, seconds: float) -> None:
         """The shared part without optimizer state, and the vocabulary that numbers its rows."""
+        prompter = prompter_of(trunk.config)
         values = {
             "schema": trunk.schema.to_json(),
             "rows": trunk.rows,
@@ -74,6 +76,7 @@ class RunFolder:
             "shards": index.fingerprint,
             "seconds": seconds,
             "base": trunk.base,
+            "prompts": prompter.describe() if prompter else None,
         }
 
         def save() -> None:
@@ -100,11 +103,8 @@ class RunFolder:
                 domain, name = name.removeprefix(START).split("/", 1)
                 trunk.starts.setdefault(unquote(domain), {})[name] = tensor
         trunk.dense = {k: t for k, t in snapshot.tensors.items() if not k.startswith(START)}
-        if trunk.base != values["base"]:
-            raise UserError(
-                f"{self.path}: learned on another encoder than the one at {config.encoder.path}; "
-                "put that one back there, or train a run of another name"
-            )
+        trunk.require_base(values["base"], self.path)
+        require_same_prompts(prompter_of(config), values["prompts"], str(self.path))
         trunk.freeze()
         return trunk
 

@@ -173,7 +173,8 @@ def lists_of(read_values: Callable[[pa.Array], Read], separator: str) -> Callabl
 def as_token(column: pa.Array) -> Read:
     """Token numbers: int32."""
     numbers, bad = as_integer(column)
-    bad = bad | mask(pc.greater(pc.abs(numbers), np.iinfo(np.int32).max))
+    outside = pc.or_(pc.less(numbers, 0), pc.greater(numbers, np.iinfo(np.int32).max))
+    bad = bad | mask(outside)
     return pc.if_else(pa.array(bad), None, numbers).cast(pa.int32()), bad
 
 
