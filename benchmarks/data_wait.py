@@ -26,13 +26,14 @@ class Waited:
     """The same batches, and the seconds that they kept the trainer waiting."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches, self.seconds = iter(batches), 0.0
+        self.batches, self.seconds, self.first = iter(batches), 0.0, 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
             batch = next(self.batches, None)
             self.seconds += time.perf_counter() - start
+            self.first = self.first or self.seconds
             if batch is None:
                 return
             yield batch
@@ -56,8 +57,11 @@ def main() -> None:
         training.steps(waited, slots)
         seconds = time.perf_counter() - start
         if epoch:
-            rate, share = loader.total_rows / seconds, waited.seconds / seconds
-            print(f"epoch {epoch}: {rate:,.0f} rows/s, {share:.1%} of it waiting for data")
+            rate, later = loader.total_rows / seconds, waited.seconds - waited.first
+            print(
+                f"epoch {epoch}: {rate:,.0f} rows/s; waiting for data {later / seconds:.1%} of it, "
+                f"and {waited.first / seconds:.1%} for the epoch's first batch"
+            )
     groups.stop()
 
 
