@@ -1,6 +1,8 @@
 """Uni-CTR through the real trainer: ranks (S6), domains (S4, S5), resumption (S7), serving."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_shards import UserError
+from data_shards import Index, UserError
 from launch.__main__ import main
 from models import UniCTR
 from tests.gang import gang
-from tests.toy_run import checkpoint_at
+from tests.toy_run import checkpoint_at, here, refused
 from tests.toy_unictr_run import (
     ADDED,
     SIZES,
@@ -26,7 +28,11 @@ from tests.toy_unictr_run import (
     planted_rows,
     write_toy,
 )
-from trainer.model import new_method
+from trainer import pretrain
+from trainer.adapt import adapt, rows_of
+from trainer.log import RunLog
+from trainer.model import new_method, new_trunk
+from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.dist
 
@@ -158,6 +164,37 @@ def test_phase_2_begins_with_the_head_of_phase_1(story: Story, name: str) -> Non
     assert begun.adapter.metrics["shared_auc"] == begun.shared
     assert begun.adapter.metrics["auc"] == max(begun.own, begun.shared)
     assert begun.adapter.kept == (begun.own > begun.shared)
+
+
+def _from_worse(toy: Path, output: Path) -> int:
+    """Steps that phase 2 takes with the least patience, on a head that says the opposite."""
+    config = configured(toy, output, "whole", "adapt.patience=1", "adapt.max_epochs=1")
+    trunk = RunFolder(config.folder).load_trunk(config, here())
+    for part in ("weight", "bias"):
+        trunk.starts["books"][f"tower.out.{part}"] *= -1
+    rows = rows_of(trunk, toy / "shards", "books")
+    log = RunLog(False, config.folder, config.tracking, "worse")
+    return int(str(adapt(trunk, trunk.fingerprint(), rows, log).metrics["steps"]))
+
+
+def test_a_head_that_begins_worse_still_learns(story: Story, toy: Path, output: Path) -> None:
+    [steps] = gang(1, _from_worse, toy, output)
+    assert steps > 0
+
+
+def _resumed_elsewhere(toy: Path, output: Path) -> str:
+    config = configured(toy, output, "whole")
+    other = replace(config.encoder, path=str(output / "other_encoder"))
+    trunk = new_trunk(replace(config, encoder=other), here(), Index.load(toy / "shards"))
+    path = output / "whole" / "checkpoints" / f"step-{STEPS:010d}"
+    data = checkpoint_at(path)[1]["data"]
+    none: Any = None  # it is not come to
+    return refused(lambda: pretrain._resume(path, trunk, none, data))
+
+
+def test_phase_1_goes_on_with_its_own_encoder_alone(story: Story, toy: Path, output: Path) -> None:
+    [told] = gang(1, _resumed_elsewhere, toy, output)
+    assert f"step-{STEPS:010d}: learned on another encoder than the one at" in told
 
 
 def test_heads_of_phase_1_win_and_lose(story: Story) -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_shards import Loader, Location, Rows, UserError
-from embeddings import Embedder, Extension
+from embeddings import Extension
 from trainer.adapter_store import Adapter
 from trainer.config import AdaptConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.evaluate import evaluate
-from trainer.fit import Position, Trainee, fit
+from trainer.fit import Position, fit, trainee_of
 from trainer.log import RunLog
 from trainer.model import (
     OWN_ROWS,
@@ -76,24 +76,17 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
     # ZeRO 3 gathers a module's weights on all ranks at each call
     method.freeze_shared(keep=config.encoder.cache_gb > 0 and config.engine.zero_stage < 3)
     begun = add_domain(trunk, method, rows.domain)
-    engine = Engine(
-        method,
-        method.adapter_parameters(),
-        config.engine,
-        phase.lr,
-        phase.weight_decay,
-        config.reading.global_batch // ranks.world,
-    )
     extension = _extension(trunk, rows, phase)
-    agree = ranks.agree if method.modules_per_domain else None
-    model = Model(Embedder(trunk.tables, trunk.rows, extension), engine, (rows.domain,), agree)
+    trainee = trainee_of(trunk, method, method.adapter_parameters(), phase, extension)
+    model, engine = trainee.model, trainee.engine
     position = Position(EarlyStopping(phase.metric, phase.patience))
     position.stopping.update(base.metric(phase.metric), 0)
     engine.train(False)  # fit switches dropout on again
     better = begun and position.stopping.update(_value(model, rows.valid, ranks, phase), 0)
+    position.stopping.without_best = 0  # patience is for what phase 2 learns
     best = _Best(engine, extension)
     fit(
-        Trainee(model, engine, method, ranks, config.seed),
+        trainee,
         rows.train,
         phase,
         position,

@@ -1,21 +1,23 @@
 """The loop, for either phase: steps until an evaluation says that it has learned enough."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_shards import Batch, Cursor, Loader, UserError
+from embeddings import Embedder, Extension
 from models import Method
 from trainer.config import PhaseConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.log import Progress, RunLog
 from trainer.metrics import Scores
-from trainer.model import Model, Sent
+from trainer.model import Model, Sent, Trunk
 from trainer.ranks import Ranks
 
 LOSS_EVERY = 50  # steps between looks at the loss: each look is one small all-reduce
@@ -86,6 +88,23 @@ class Trainee:
         # Engine and tables both average gradients over ranks; the loss is a sum over them.
         self.engine.step(loss * self.ranks.world)
         return loss.detach()
+
+
+def trainee_of(
+    trunk: Trunk,
+    method: Method,
+    trained: Sequence[nn.Parameter],
+    phase: PhaseConfig,
+    extension: Extension | None = None,
+) -> Trainee:
+    """`method` on the trunk's tables, under an engine that trains these of its parameters."""
+    config, ranks = trunk.config, trunk.ranks
+    rows = config.reading.global_batch // ranks.world
+    engine = Engine(method, trained, config.engine, phase.lr, phase.weight_decay, rows)
+    agree = ranks.agree if method.modules_per_domain else None
+    embedder = Embedder(trunk.tables, trunk.rows, extension)
+    model = Model(embedder, engine, tuple(method.domains), agree)
+    return Trainee(model, engine, method, ranks, config.seed)
 
 
 def fit(

@@ -8,17 +8,16 @@ from torch import Tensor
 
 from data_shards import Loader, Location, Rows, UserError
 from data_shards.errors import unknown
-from embeddings import Embedder
 from models import Method
 from trainer import checkpoint
 from trainer.checkpoint import Snapshot
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.evaluate import evaluate
-from trainer.fit import Position, Trainee, fit
+from trainer.fit import Position, fit, trainee_of
 from trainer.log import RunLog
 from trainer.metrics import METRICS
-from trainer.model import Model, Trunk, adapter_tensors
+from trainer.model import Trunk, adapter_tensors
 
 OPTIMIZER, PARAMETER = "optimizer/", "parameter/"
 
@@ -51,16 +50,8 @@ def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog
         for domain in train.domains:
             method.add_domain(domain, config.seed)
         trained = [*method.shared_parameters(), *method.adapter_parameters()]
-    engine = Engine(
-        method,
-        trained,
-        config.engine,
-        phase.lr,
-        phase.weight_decay,
-        config.reading.global_batch // ranks.world,
-    )
-    agree = ranks.agree if method.modules_per_domain else None
-    model = Model(Embedder(trunk.tables, trunk.rows), engine, tuple(method.domains), agree)
+    trainee = trainee_of(trunk, method, trained, phase)
+    model, engine = trainee.model, trainee.engine
     position = Position(EarlyStopping(phase.metric, phase.patience))
     data = [index.fingerprint for index in train.indexes]
     newest = checkpoint.latest(folder)
@@ -72,7 +63,7 @@ def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog
         _save(folder, trunk, engine, position, data)
 
     fit(
-        Trainee(model, engine, method, ranks, config.seed),
+        trainee,
         train,
         phase,
         position,
