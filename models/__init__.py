@@ -19,6 +19,10 @@ class Parts:
     backbone: BackboneConfig
     encoder: EncoderConfig
     seed: int
+    text_width: int = 0
+    """Floats of a row's text vector; 0: the run has none."""
+    anonymous: tuple[int, ...] = ()
+    """Places of the anonymous fields among the `inputs.fields`."""
 
 
 MethodConfig = MLoRAConfig | UniCTRConfig

@@ -31,10 +31,21 @@ class Features:
     slots: tuple[int, ...] | None = None
     """The slots of the global batch, on all ranks the same, so that all of them run the same
     modules; None: those of these rows."""
+    text: Tensor | None = None
+    """[B, d_V] what a frozen encoder made of each row's prompt"""
+    own: Tensor | None = None
+    """[B, fields, `Method.own_width`] of the tables that each row's adapter has for itself; zeros
+    where slot is -1"""
+    teacher: Tensor | None = None
+    """[B] logits of each domain's teacher, NaN where it has none; given in training alone"""
 
     def to(self, dtype: torch.dtype) -> "Features":
         """The same with vectors and numbers of another precision."""
-        return replace(self, embedded=self.embedded.to(dtype), numbers=self.numbers.to(dtype))
+        cast = {name: None if part is None else part.to(dtype) for name, part in self._vectors()}
+        return replace(self, embedded=self.embedded.to(dtype), **cast)
+
+    def _vectors(self) -> tuple[tuple[str, Tensor | None], ...]:
+        return ("numbers", self.numbers), ("text", self.text), ("own", self.own)
 
 
 class Method(nn.Module, ABC):
@@ -48,6 +59,8 @@ class Method(nn.Module, ABC):
     """Whether a domain's rows go through modules of its own; then `Features.slots` is given."""
     adapters_in_pretrain: ClassVar[bool] = False
     """Whether phase 1 trains adapters too, with which phase 2 then begins."""
+    own_width: int = 0
+    """Floats that an adapter has for each id, in tables of its own; 0: it has no tables."""
 
     domains: list[str]
     """The domains that have an adapter; a domain's slot is its place in this list."""
