@@ -3,20 +3,21 @@
     python -m benchmarks.loader
 
 One process, warm page cache, 20 id fields with label and domain. Ours is shuffled and checks every
-block, by SHA-256 in the first epoch; WebDataset is shuffled; Parquet is read in its own order, by
+block by XXH3; WebDataset is shuffled; Parquet is read in its own order, by
 all of Arrow's threads and by one. Sides take turns, so that the machine's other work falls on all.
 """
 
 import argparse
 import io
 import json
-import statistics
+import os
 import tarfile
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from webdataset.compat import WebDataset
 
+from benchmarks.measure import Claim, Side, compared, machine, table
 from data_shards import (
     Batch,
     Cursor,
@@ -46,7 +48,8 @@ FIELDS = tuple(f"f{number}" for number in range(19)) + ("domain",)
 SCHEMA = Schema(tuple(Field(name, "id") for name in FIELDS))
 ROW_GROUP = 131_072
 TRAIN = SplitConfig(parts={"train": 1.0})
-Side = Callable[[], Iterator[int]]
+RESULTS = Path(__file__).parent / "results"
+Pass = Callable[[], Iterator[int]]
 """Reads or writes everything once and yields numbers of rows."""
 
 
@@ -134,7 +137,7 @@ def gather(columns: dict[str, np.ndarray], batch: int) -> Iterator[int]:
         yield len(torch.from_numpy(columns["label"][rows])) if len(values) else 0
 
 
-def copy(size: int, rows: int) -> Side:
+def copy(size: int, rows: int) -> Pass:
     """A copy in memory of as many bytes as the blocks hold."""
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
 
@@ -168,21 +171,18 @@ def _write_json_members(target: Path, table: pa.Table) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def _seconds(side: Side) -> float:
-    """Seconds per row of one run."""
-    start = time.perf_counter()
-    rows = sum(side())
-    return (time.perf_counter() - start) / rows
+def _side(read: Pass, rows: int, batch: int) -> Side:
+    """`rows` are whole batches, each of which counts as a step."""
+    return Side(lambda: sum(read()), rows // batch, rows, lambda: _cpu_time(read))
 
 
-def _compare(sides: dict[str, Side], rounds: int) -> None:
-    """Rows per second of each side, and the first side's ratio to it: medians over the rounds."""
-    runs = [{name: _seconds(side) for name, side in sides.items()} for _ in range(rounds + 1)][1:]
-    first = next(iter(sides))
-    for name in sides:
-        rate = statistics.median(1 / run[name] for run in runs)
-        ratio = statistics.median(run[name] / run[first] for run in runs)
-        print(f"{name:<52} {rate:>13,.0f} rows/s  {ratio:>9.2f}", flush=True)
+def _cpu_time(read: Pass) -> str:
+    """What a row costs all threads together, whoever else uses the machine."""
+    before = os.times()
+    rows = sum(read())
+    after = os.times()
+    user, system = (after[i] - before[i] for i in (0, 1))
+    return f"{1e9 * user / rows:.0f} ns of CPU a row, {1e9 * system / rows:.0f} in the system"
 
 
 def _writing(source: Drawn, folder: Path) -> dict[str, Side]:
@@ -198,56 +198,84 @@ def _writing(source: Drawn, folder: Path) -> dict[str, Side]:
                 writer.write_table(table)
         yield len(source.table)
 
-    return {"write_shards, one process": shards, "Parquet of the raw strings": raw}
+    sides = {"write_shards, one process": shards, "Parquet of the raw strings": raw}
+    return {
+        name: Side(lambda write=write: sum(write()), 1, len(source.table))
+        for name, write in sides.items()
+    }
+
+
+def _reading(root: Path, source: Drawn, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is read, in turns."""
+    shards = root / "shards"
+    index: Index = write_shards(source, SCHEMA, TRAIN, shards)
+    reader = ShardReader(shards, index)
+    rows = pa.concat_tables([reader.read(block) for block in index.blocks])
+    flat, tar = root / "rows.parquet", root / "rows.tar"
+    pq.write_table(rows.drop(["time"]), flat, row_group_size=ROW_GROUP)
+    _write_json_members(tar, rows.slice(0, args.json_rows))
+    size = sum(block.bytes for block in index.blocks)
+    mixed = Reading(global_batch=args.batch, threads=args.threads)
+
+    def loader(reading: Reading) -> Loader:
+        return Loader(shards, Rows(("train",)), reading, 0, 1)
+
+    known, pure = loader(mixed), loader(replace(mixed, sampler="domain_pure"))
+    memory = _columns(rows.combine_chunks())
+    keep_freed_memory()  # as a training process does
+    first, later, parquet_, json_, copied = (
+        "loader, mixed, first epoch",
+        "loader, mixed, later epochs",
+        "pyarrow, Parquet row groups, in order",
+        "webdataset, one JSON row per member, shuffled",
+        "copy of the blocks' bytes",
+    )
+    reads: dict[str, Pass] = {
+        first: lambda: ours(loader(mixed)),
+        later: lambda: ours(known),
+        "loader, domain_pure, later epochs": lambda: ours(pure),
+        parquet_: lambda: parquet(flat, args.batch),
+        "pyarrow, the same, one thread": lambda: parquet(flat, args.batch, threads=False),
+        "numpy gather, all rows in memory": lambda: gather(memory, args.batch),
+        copied: copy(size, index.rows),
+    }
+    sides = {name: _side(read, index.rows, args.batch) for name, read in reads.items()}
+    sides[json_] = _side(lambda: webdataset(tar, args.batch), args.json_rows, args.batch)
+    return compared(
+        f"{index.rows:,} rows, {len(FIELDS)} id fields, {size / index.rows:.0f} bytes a row, "
+        f"batches of {args.batch}",
+        sides,
+        [
+            Claim("times the speed of Parquet, first epoch", parquet_, first, 1.0),
+            Claim("times the speed of Parquet, later epochs", parquet_, later, 1.0),
+            Claim("times the speed of JSON rows, first epoch", json_, first, 300),
+            Claim("of the speed of a memory copy", copied, later),
+        ],
+        args.rounds,
+    )
 
 
 def main() -> None:
-    """Write all forms into a temporary folder and measure."""
+    """Write all forms into a temporary folder, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--json-rows", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=1000 * 4096, help="whole batches")
+    parser.add_argument("--json-rows", type=int, default=5 * 4096, help="whole batches")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=Reading.threads)
+    parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    source = Drawn(args.rows)
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        source, shards = Drawn(args.rows), root / "shards"
-        index: Index = write_shards(source, SCHEMA, TRAIN, shards)
-        reader = ShardReader(shards, index)
-        table = pa.concat_tables([reader.read(block) for block in index.blocks])
-        pq.write_table(table.drop(["time"]), root / "rows.parquet", row_group_size=ROW_GROUP)
-        _write_json_members(root / "rows.tar", table.slice(0, args.json_rows))
-        size = sum(block.bytes for block in index.blocks)
-        print(f"{index.rows:,} rows, {len(FIELDS)} id fields, {size / index.rows:.0f} bytes a row")
-        print("shards", args.batch, "a batch;", "last column: first line / this side")
-        mixed = Reading(global_batch=args.batch, threads=args.threads)
-
-        def loader(reading: Reading) -> Loader:
-            return Loader(shards, Rows(("train",)), reading, 0, 1)
-
-        known, pure = loader(mixed), loader(replace(mixed, sampler="domain_pure"))
-        memory = _columns(table.combine_chunks())
-        keep_freed_memory()  # as a training process does
-        sides: dict[str, Side] = {
-            "loader, mixed, first epoch": lambda: ours(loader(mixed)),
-            "loader, mixed, later epochs": lambda: ours(known),
-            "loader, domain_pure, later epochs": lambda: ours(pure),
-            "pyarrow, Parquet row groups, in order": lambda: parquet(
-                root / "rows.parquet", args.batch
-            ),
-            "pyarrow, the same, one thread": lambda: parquet(
-                root / "rows.parquet", args.batch, threads=False
-            ),
-            "numpy gather, all rows in memory": lambda: gather(memory, args.batch),
-            "copy of the blocks' bytes": copy(size, index.rows),
-            "webdataset, one JSON row per member, shuffled": lambda: webdataset(
-                root / "rows.tar", args.batch
-            ),
-        }
-        _compare(sides, args.rounds)
-        _compare(_writing(source, root), 2)
+        parts = [_reading(Path(temporary), source, args)]
+        print(table(parts[0]), flush=True)
+        sides = _writing(source, Path(temporary))
+        parts.append(compared("the same rows written", sides, [], 2))
+        print(table(parts[1]))
+    date = datetime.now(UTC).isoformat(timespec="minutes")
+    content = {"date": date, "machine": machine(), "threads": args.threads, "parts": parts}
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

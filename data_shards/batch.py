@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from data_shards.gather import gather
-from data_shards.order import ROW_BITS, ROW_MASK
+from data_shards.gather import ends, flat, gather, of_blocks
+from data_shards.reader import batch_columns
 from data_shards.schema import Field, Schema
+from data_shards.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,30 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lists:
-    """Lists of many rows: row i holds values[offsets[i]:offsets[i + 1]]."""
+    """Lists of many rows: row i holds values[offsets[i]:offsets[i + 1]]; padding none."""
 
     values: np.ndarray
     offsets: np.ndarray
 
-    def rows(self, start: int, stop: int, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(values, lengths) of some rows; those not `real` have none."""
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(values, lengths) of some rows."""
         offsets = self.offsets[start : stop + 1]
-        values, lengths = self.values[offsets[0] : offsets[-1]], np.diff(offsets)
-        return values[real.repeat(lengths)], lengths * real
+        return self.values[offsets[0] : offsets[-1]], np.diff(offsets)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The rows of some steps. `ids`, `numbers`, `label` and `row_id` are [columns, share] for each
-    step; ids are those with one value, the others are among the `lists`, as are tokens."""
+    """The rows of some steps."""
 
     schema: Schema
     ids: Sequence[np.ndarray]
-    numbers: Sequence[np.ndarray]
-    label: Sequence[np.ndarray]
-    row_id: Sequence[np.ndarray]
+    """[fields, share] of each step: ids with one value; the others are `lists`, as are tokens."""
+    numbers: np.ndarray
+    """[steps, fields, share]"""
+    label: np.ndarray
+    """[steps, share], as all that follow; `real` is False for padding."""
+    row_id: np.ndarray
     domain: np.ndarray
-    """[steps, share], as is `real`, which is False for padding."""
     real: np.ndarray
     lists: Mapping[str, Lists]
     """By field: the rows of all steps, end to end."""
@@ -98,9 +99,9 @@ class Columns:
             ids=self._keyed(step),
             numbers=torch.from_numpy(self.numbers[step].T),
             domain=torch.from_numpy(self.domain[step]),
-            label=torch.from_numpy(self.label[step][0]),
+            label=torch.from_numpy(self.label[step]),
             weight=torch.from_numpy(real.astype(np.float32)),
-            row_id=torch.from_numpy(self.row_id[step][0]),
+            row_id=torch.from_numpy(self.row_id[step]),
             rows=rows,
             tokens={f.name: _jagged(*self._list(f, step)) for f in self.schema.tokens},
             columns={k: torch.from_numpy(column[step]) for k, column in self.sidecars.items()},
@@ -120,7 +121,7 @@ class Columns:
 
     def _list(self, field: Field, step: int) -> tuple[np.ndarray, np.ndarray]:
         share = len(self.real[step])
-        return self.lists[field.name].rows(step * share, (step + 1) * share, self.real[step])
+        return self.lists[field.name].rows(step * share, (step + 1) * share)
 
 
 @lru_cache
@@ -130,55 +131,62 @@ def _ones(rows: int) -> Tensor:
 
 def columns_of(
     schema: Schema,
-    tables: Sequence[pa.Table],
+    stored: Sequence[Stored],
     first: np.ndarray,
     place: np.ndarray,
     edges: np.ndarray,
     domain: np.ndarray,
 ) -> Columns:
-    """The rows at `place` [steps, share] (see `order.Window`) of these tables of one chunk.
+    """The rows at `place` [steps, share] (see `order.Window`) of blocks with the `batch_columns`.
 
-    Row 0 of a place's table is its row `first[table]`; `domain` is per table.
+    Row 0 of a place's block is its row `first[block]`; `domain` is per block.
     """
-    real = place >= 0
-    arrays = [_arrays(table) for table in tables]
-
-    def laid(names: Sequence[str], kind: type[np.generic], blank: int = 0) -> list[np.ndarray]:
-        columns = [[table[name] for table in arrays] for name in names]
-        return gather(columns, first, place, edges, kind, blank)
-
-    several = [f.name for f in schema.fields if f.multi or f.kind == "tokens"]
+    steps, share = place.shape
+    names = batch_columns(schema).names
+    label, row_id = names.index("label"), names.index("row_id")
+    values, offsets = (
+        np.array(part).T for part in ([s.values for s in stored], [s.offsets for s in stored])
+    )
+    singles = label - len(schema.numbers)
+    ids = [np.empty((singles, share), np.int64) for _ in range(steps)]
+    floats = np.empty((steps, row_id - singles, share), np.float32)
+    row_ids = np.empty((steps, 1, share), np.int64)
+    window = place, edges
+    _lay(values[:singles] + 4 * first, ids, (np.int32, np.int64), window, 0)
+    _lay(values[singles:row_id] + 4 * first, floats, (np.float32, np.float32), window, 0)
+    _lay(values[row_id : row_id + 1] + 8 * first, row_ids, (np.int64, np.int64), window, -1)
     return Columns(
         schema=schema,
-        ids=laid([f.name for f in schema.ids if not f.multi], np.int64),
-        numbers=laid([f.name for f in schema.numbers], np.float32),
-        label=laid(["label"], np.float32),
-        row_id=laid(["row_id"], np.int64, -1),
-        domain=np.where(real, domain[np.maximum(place, 0) >> ROW_BITS], 0),
-        real=real,
-        lists=_lists(tables, several, first, place),
+        ids=ids,
+        numbers=floats[:, :-1],
+        label=floats[:, -1],
+        row_id=row_ids[:, 0],
+        domain=of_blocks(domain, place),
+        real=place >= 0,
+        lists={
+            name: _lists(values[column], offsets[column] + 4 * first, place.reshape(-1))
+            for column, name in enumerate(names)
+            if column > row_id
+        },
     )
 
 
-def _arrays(table: pa.Table) -> dict[str, pa.Array]:
-    """The columns of a table of one chunk, which it hands out faster all at once."""
-    return dict(zip(table.column_names, table.to_batches()[0].columns, strict=True))
+def _lay(
+    sources: np.ndarray,
+    into: Sequence[np.ndarray] | np.ndarray,
+    kinds: tuple[type[np.generic], type[np.generic]],
+    window: tuple[np.ndarray, np.ndarray],
+    blank: int,
+) -> None:
+    """The rows of some columns into [columns, share] of each step; see `gather`."""
+    steps = np.array([step.ctypes.data for step in into])
+    columns = np.arange(len(sources))[:, None] * into[0].strides[0]
+    gather(sources, columns + steps, kinds, *window, blank)
 
 
-def _lists(
-    tables: Sequence[pa.Table], names: Sequence[str], first: np.ndarray, place: np.ndarray
-) -> dict[str, Lists]:
-    """Of padding any row's list."""
-    if not names:
-        return {}
-    ends = np.cumsum([0, *(len(table) for table in tables)])
-    where = np.maximum(place.reshape(-1), 0)
-    take = pa.array((ends[:-1] + first)[where >> ROW_BITS] + (where & ROW_MASK))
-    joined = pa.concat_tables([table.select(names) for table in tables]).combine_chunks()
-    taken = {name: joined[name].chunk(0).take(take) for name in names}
-    return {
-        k: Lists(lists.values.to_numpy(), lists.offsets.to_numpy()) for k, lists in taken.items()
-    }
+def _lists(values: np.ndarray, offsets: np.ndarray, place: np.ndarray) -> Lists:
+    last = ends(offsets, place)
+    return Lists(flat(values, offsets, place, last), last)
 
 
 def _joined(parts: Sequence[np.ndarray], kind: type[np.generic]) -> Tensor:
@@ -196,5 +204,6 @@ def encode_batch(schema: Schema, table: pa.Table, domain: np.ndarray) -> Batch:
     """
     rows = len(table)
     place, zero = np.arange(rows)[None], np.zeros(1, np.int64)
-    columns = columns_of(schema, [table.combine_chunks()], zero, place, np.array([0, rows]), zero)
+    stored = Stored.of(table, batch_columns(schema))
+    columns = columns_of(schema, [stored], zero, place, np.array([0, rows]), zero)
     return replace(columns, domain=domain[None]).batch(0, rows)

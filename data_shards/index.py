@@ -16,13 +16,16 @@ from data_shards.splits import SplitConfig
 from data_shards.storage import Storage, open_storage
 from data_shards.vocabulary import Vocabulary
 
-FORMAT = 2
+FORMAT = 3
 FILE = "index.json"
 
 
 @dataclass(frozen=True)
 class Block:
-    """One tar member: rows of one domain and one split. `offset` is that of its first byte."""
+    """One tar member: rows of one domain and one split. `offset` is that of its first byte.
+
+    All who read a block check its XXH3, at the speed of memory; `inspect --verify` its SHA-256 too.
+    """
 
     shard: str
     member: str
@@ -33,6 +36,7 @@ class Block:
     domain: str
     split: str
     sha256: str
+    xxh3: str
 
 
 @dataclass(frozen=True)

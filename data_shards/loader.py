@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from data_shards.batch import Batch, Columns, columns_of
 from data_shards.blocks import Blocks, Skipped, choose, require_one_schema
@@ -17,14 +16,15 @@ from data_shards.errors import UserError
 from data_shards.index import Index
 from data_shards.mixing import Pieces, domain_epoch, quotas
 from data_shards.order import EpochOrder, Schedule, Window, schedule
-from data_shards.reader import blank_row
+from data_shards.reader import batch_columns, blank_row
 from data_shards.reading import Cursor, Reading, Rows
 from data_shards.sidecars import Sidecar, SidecarColumns
 from data_shards.storage import BlockCache
+from data_shards.stored import Stored
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-Tables = dict[int, pa.Table | None]
+Held = dict[int, Stored | None]
 """Blocks by number; None: corrupt, and left out."""
 __all__ = ["Cursor", "Loader", "Reading", "Rows", "Skipped"]
 
@@ -67,7 +67,7 @@ class Loader:
         self._blocks = Blocks(chosen, reading.corrupt, say)
         of_sets = [(reader.index, block) for reader, block in chosen]
         self._sidecars = SidecarColumns(sidecars, self.indexes, of_sets) if sidecars else None
-        self._blank = blank_row(self.schema)
+        self._blank = Stored.of(blank_row(self.schema), batch_columns(self.schema))
         self.domains = self._blocks.domains
         counts = np.bincount(self._blocks.domain, self._blocks.rows).astype(np.int64).tolist()
         self.rows_by_domain = dict(zip(self.domains, counts, strict=True))
@@ -149,10 +149,10 @@ class Loader:
 
     def _windows(
         self, streams: list[_Stream], plan: Schedule, steps: range, pool: Executor
-    ) -> Iterator[tuple[_Stream, Window, Tables]]:
+    ) -> Iterator[tuple[_Stream, Window, Held]]:
         """The windows that the steps need, in the order in which they first need them."""
         ends = [0] * len(streams)
-        kept: list[Tables] = [{} for _ in streams]
+        kept: list[Held] = [{} for _ in streams]
         for step in steps:
             number, own = int(plan.order[step]), int(plan.step[step])
             if own < ends[number]:
@@ -165,24 +165,25 @@ class Loader:
             ends[number] = window.end
             yield streams[number], window, kept[number]
 
-    def _read(self, numbers: Sequence[int] | np.ndarray, before: Tables, pool: Executor) -> Tables:
+    def _read(self, numbers: Sequence[int] | np.ndarray, before: Held, pool: Executor) -> Held:
         """The blocks of these numbers, in their order."""
         needed = sorted({int(number) for number in numbers})
         missing = [number for number in needed if number not in before]
-        found = before | dict(zip(missing, self._blocks.read(missing, pool), strict=True))
+        fresh = self._blocks.read(missing, pool, self.reading.threads)
+        found = before | dict(zip(missing, fresh, strict=True))
         return {number: found[number] for number in needed}
 
-    def _gather(self, stream: _Stream, window: Window, tables: Tables) -> tuple[Window, Columns]:
+    def _gather(self, stream: _Stream, window: Window, held: Held) -> tuple[Window, Columns]:
         """The rows of a window; those whose block was left out are padding."""
         numbers, first = (
             part[window.blocks] for part in (stream.pieces.block, stream.pieces.first)
         )
-        found = [tables.get(number) for number in numbers.tolist()]
-        lost = np.array([table is None for table in found])
+        found = [held.get(number) for number in numbers.tolist()]
+        lost = np.array([stored is None for stored in found])
         if lost.any():
             window = replace(window, place=np.where(lost[window.which], -1, window.place))
-            first = np.where(lost, 0, first)  # the blank table has one row
-        some = [self._blank if table is None else table for table in found]
+            first = np.where(lost, 0, first)  # the blank block has one row
+        some = [stored or self._blank for stored in found]
         domain = self._blocks.domain[numbers]
         columns = columns_of(self.schema, some, first, window.place, window.edges, domain)
         if self._sidecars is None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numba
 import numpy as np
 
 from data_shards.permute import permute
@@ -103,21 +104,16 @@ class EpochOrder:
         start, stop = (place * self.global_batch // self.lanes for place in (lane, lane + 1))
         begin, end = (self.rows * place // self.global_batch for place in (start, stop))
         begin += number * self.window_steps * (stop - start)
-        blocks, rows = self._stretch(begin, min(begin + out.size, end), seen)
-        if self.shuffle:
-            permute(rows, *self._key, _ROWS, lane, number)
-        out[:] = np.pad(rows, (0, out.size - len(rows)), constant_values=-1).reshape(out.shape)
-        return blocks
-
-    def _stretch(self, begin: int, end: int, seen: int) -> tuple[list[int], np.ndarray]:
-        """(blocks, places) of the neighbours [begin, end) in the virtual sequence."""
+        end = min(begin + out.size, end)
         if begin >= end:
-            return [], np.empty(0, np.int64)
+            out[:] = -1
+            return []
         low, high = np.searchsorted(self._starts, (begin, end - 1), side="right")
-        starts = self._starts[low - 1 : high]
-        counts = np.diff([begin, *starts[1:], end])
-        first = (np.arange(seen, seen + len(starts)) << ROW_BITS) - starts
-        return self._blocks[low - 1 : high].tolist(), np.arange(begin, end) + first.repeat(counts)
+        places = _stretch(self._starts[low - 1 : high], begin, end, seen, out.size)
+        if self.shuffle:
+            permute(places[: end - begin], *self._key, _ROWS, lane, number)
+        out[:] = places.reshape(out.shape)
+        return self._blocks[low - 1 : high].tolist()
 
     @property
     def _key(self) -> tuple[int, ...]:
@@ -134,6 +130,21 @@ class EpochOrder:
     def _starts(self) -> np.ndarray:
         rows = self.block_rows[self._blocks]
         return np.cumsum(rows) - rows
+
+
+@numba.njit(cache=True, nogil=True)
+def _stretch(starts: np.ndarray, begin: int, end: int, seen: int, size: int) -> np.ndarray:
+    """Places [size] of the neighbours [begin, end) in the virtual sequence, and then padding.
+
+    `starts` are those of their blocks, the first of which is number `seen` of the window's.
+    """
+    places = np.full(size, -1, np.int64)
+    for block in range(len(starts)):
+        stop = end if block + 1 == len(starts) else starts[block + 1]
+        first = ((seen + block) << ROW_BITS) - starts[block]
+        for row in range(max(begin, starts[block]), stop):
+            places[row - begin] = first + row
+    return places
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """One block at a time from a shard, by position, checked against the index."""
 
-import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from data_shards.errors import UserError
 from data_shards.index import Block, Index
 from data_shards.schema import Field, Schema
 from data_shards.storage import BlockCache, Storage, open_storage
+from data_shards.stored import Layouts, Stored
 
 _ROW = (("row_id", pa.int64()), ("label", pa.float32()), ("time", pa.int64()))
 _TYPES = {
@@ -39,7 +39,6 @@ class ShardReader:
     index: Index
     verify: bool = True
     cache: BlockCache | None = None
-    _known: dict[str, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def storage(self) -> Storage:
@@ -53,17 +52,23 @@ class ShardReader:
         """
         data = self._bytes(block)
         if self.verify:
-            self._check(block, data)
-        return self.parse(block, data)
+            self.check(block, data)
+        return self.parse(block, data, trusted=self.verify)
 
-    def _check(self, block: Block, data: bytes) -> None:
-        """By SHA-256 at first; from then on by a hash kept in memory, which costs a tenth."""
-        quick = xxhash.xxh3_64_intdigest(data)
-        if self._known.get(block.sha256) == quick:
-            return
-        if hashlib.sha256(data).hexdigest() != block.sha256:
-            raise self.corrupt(block, "its SHA-256 differs from the index")
-        self._known[block.sha256] = quick
+    def stored(self, block: Block) -> Stored:
+        """The `batch_columns` of a block, in the memory that its bytes were read to.
+
+        CorruptBlockError where its bytes are not those that were written.
+        """
+        data = self._bytes(block)
+        self.check(block, data)
+        found = self._layouts.find(data, block.rows)
+        return found or Stored.of(self.parse(block, data), self._layouts.columns)
+
+    def check(self, block: Block, data: bytes) -> None:
+        """CorruptBlockError unless the bytes have the block's XXH3, a tenth of SHA-256's time."""
+        if xxhash.xxh3_64_hexdigest(data) != block.xxh3:
+            raise self.corrupt(block, "its XXH3 differs from the index")
 
     def fetch(self, block: Block) -> bytes:
         """The bytes of a block as they lie there; CorruptBlockError where there are too few."""
@@ -73,10 +78,10 @@ class ShardReader:
             raise self.corrupt(block, f"the shard ends after {len(data)} of {block.bytes} bytes")
         return data
 
-    def parse(self, block: Block, data: bytes) -> pa.Table:
+    def parse(self, block: Block, data: bytes, trusted: bool = False) -> pa.Table:
         """The rows in the bytes of a block; CorruptBlockError whatever is wrong with them."""
         try:
-            table = _parse(data, self._columns, trusted=self.verify)
+            table = _parse(data, self._columns, trusted)
         except Exception as error:  # Arrow raises a dozen classes on garbage
             raise self.corrupt(block, str(error) or type(error).__name__) from error
         if len(table) != block.rows:
@@ -99,16 +104,28 @@ class ShardReader:
     def _bytes(self, block: Block) -> bytes:
         if self.cache is None:
             return self.fetch(block)
-        return self.cache.get(block.sha256, lambda: self.fetch(block))
+        return self.cache.get(block.sha256, block.xxh3, lambda: self.fetch(block))
 
     @cached_property
     def _columns(self) -> pa.Schema:
         return block_columns(self.index.schema)
 
+    @cached_property
+    def _layouts(self) -> Layouts:
+        return Layouts(batch_columns(self.index.schema))
+
 
 def block_columns(schema: Schema) -> pa.Schema:
     """Names and types of a block's columns; `probability` may stand among them besides."""
     return pa.schema([*_ROW, *((field.name, _type(field)) for field in schema.fields)])
+
+
+def batch_columns(schema: Schema) -> pa.Schema:
+    """The columns that batches are made of: ids, numbers, label and row_id, and then the lists."""
+    columns = block_columns(schema)
+    plain = [f.name for f in (*schema.ids, *schema.numbers) if not f.multi]
+    lists = [f.name for f in schema.fields if f.multi or f.kind == "tokens"]
+    return pa.schema([columns.field(name) for name in (*plain, "label", "row_id", *lists)])
 
 
 def _type(field: Field) -> pa.DataType:

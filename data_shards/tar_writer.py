@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from data_shards.durable import flush, unfinished
 from data_shards.index import Block
@@ -46,6 +47,7 @@ class TarShards:
             domain=domain,
             split=split,
             sha256=hashlib.sha256(data).hexdigest(),
+            xxh3=xxhash.xxh3_64_hexdigest(data),
         )
         header = tarfile.TarInfo(member)
         header.size = len(data)

@@ -122,6 +122,7 @@ class _Check:
             data = self.reader.fetch(block)
             if hashlib.sha256(data).hexdigest() != block.sha256:
                 raise self.reader.corrupt(block, "its SHA-256 differs from the index")
+            self.reader.check(block, data)
             table = self.reader.parse(block, data)
             if (problem := _wrong_rows(self.index, block, table)) is not None:
                 raise self.reader.corrupt(block, problem)

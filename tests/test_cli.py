@@ -156,7 +156,7 @@ MISTAKES = {
     "evaluate {files}": "not a run's folder (no run.toml); give the one of a `train`",
     "evaluate {run} --domains X": "unknown domain 'X'; the nearest is",
     "evaluate {run} --splits held": "unknown split 'held'",
-    "evaluate {run} --shards {files}/corrupt": "its SHA-256 differs from the index; restore",
+    "evaluate {run} --shards {files}/corrupt": "its XXH3 differs from the index; restore",
     "add-domain {run} F --shards {shards}": "'F' has an adapter in {run} already; remove it first",
     "add-domain {run} X --shards {shards}": "shards: unknown domain 'X'; the nearest is 'M'; there "
     "are: F, M; write its rows: write-shards RUN_FILE --base {run} --out FOLDER",
@@ -224,8 +224,8 @@ def test_a_block_that_one_rank_finds_corrupt_ends_all_ranks_in_one_line_each(
     told = _torchrun("evaluate", str(project.run), "--shards", str(files / "corrupt"))
     assert told.returncode != 0
     lines = [line for line in told.stderr.splitlines() if line.startswith("error")]
-    assert any("its SHA-256 differs from the index" in line for line in lines)
-    assert all("SHA-256" in line or "another rank did" in line for line in lines)
+    assert any("its XXH3 differs from the index" in line for line in lines)
+    assert all("XXH3" in line or "another rank did" in line for line in lines)
     assert "RuntimeError" not in told.stderr
 
 

@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -15,6 +14,7 @@ from data_shards.loader import Cursor, Loader, Reading, Rows
 from data_shards.reader import ShardReader
 from data_shards.schema import Field, Schema
 from data_shards.splits import SplitConfig
+from data_shards.stored import Stored
 from data_shards.writer import write_shards
 from tests.toy_source import SCHEMA, toy_source
 
@@ -255,13 +255,13 @@ def test_only_chosen_blocks_are_read_and_each_once(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Block] = []
-    original = ShardReader.read
+    original = ShardReader.stored
 
-    def counted(self: ShardReader, block: Block) -> pa.Table:
+    def counted(self: ShardReader, block: Block) -> Stored:
         read.append(block)
         return original(self, block)
 
-    monkeypatch.setattr(ShardReader, "read", counted)
+    monkeypatch.setattr(ShardReader, "stored", counted)
     one_lane = Reading(global_batch=16, lanes=1, shuffle_rows=48)
     loader = Loader(shards, Rows(("train",), ("toys",)), one_lane, 0, 1)
     list(loader.batches(Cursor()))

@@ -19,8 +19,10 @@ from data_shards.errors import UserError
 from data_shards.index import Index
 from data_shards.loader import Cursor, Loader, Reading, Rows
 from data_shards.mixing import quotas
+from data_shards.reader import batch_columns
 from data_shards.schema import Field, Schema
 from data_shards.splits import SplitConfig
+from data_shards.stored import Stored
 from data_shards.writer import write_shards
 from tests.toy_source import SCHEMA, toy_rows, toy_source
 
@@ -179,8 +181,8 @@ def test_corrupt_blocks_are_left_out_counted_and_listed(damaged: Path, ranks: in
         before = index.blocks[: index.blocks.index(block)]
         assert item.rows == block.rows and item.shard == block.shard
         assert item.first_row == sum(b.rows for b in before)
-    assert sum("SHA-256 differs" in line for line in said) == sum(len(x.skipped) for x in loaders)
-    with pytest.raises(UserError, match="SHA-256 differs"):
+    assert sum("XXH3 differs" in line for line in said) == sum(len(x.skipped) for x in loaders)
+    with pytest.raises(UserError, match="XXH3 differs"):
         list(strict.batches(Cursor()))
 
 
@@ -238,7 +240,8 @@ def test_token_lists_become_jagged_tensors() -> None:
         }
     )
     zero, place = np.zeros(1, np.int64), np.array([[2, 0, 1, -1], [-1, 0, 1, -1]])
-    columns = columns_of(schema, [table], zero, place, np.array([0, 4]), zero)
+    stored = Stored.of(table, batch_columns(schema))
+    columns = columns_of(schema, [stored], zero, place, np.array([0, 4]), zero)
     batch = columns.batch(0, 3).to(torch.device("cpu"))
     words = batch.tokens["words"]
     assert words.values().tolist() == [7, 5, 6] and words.lengths().tolist() == [1, 2, 0, 0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import xxhash
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,29 +123,33 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _digests(data: bytes) -> tuple[str, str]:
+    return _digest(data), xxhash.xxh3_64_hexdigest(data)
+
+
 def _never() -> bytes:
     raise AssertionError("fetched again")
 
 
 def test_a_block_is_fetched_once(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path / "cache", 1 << 20)
-    assert cache.get(_digest(DATA), lambda: DATA) == DATA
-    assert cache.get(_digest(DATA), _never) == DATA
-    assert BlockCache(tmp_path / "cache", 1 << 20).get(_digest(DATA), _never) == DATA
+    assert cache.get(*_digests(DATA), lambda: DATA) == DATA
+    assert cache.get(*_digests(DATA), _never) == DATA
+    assert BlockCache(tmp_path / "cache", 1 << 20).get(*_digests(DATA), _never) == DATA
 
 
 def test_a_damaged_or_cut_block_is_fetched_again(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 1 << 20)
-    cache.get(_digest(DATA), lambda: DATA)
+    cache.get(*_digests(DATA), lambda: DATA)
     for damaged in (DATA[:-1], b"", DATA[:5] + b"!" + DATA[6:]):
         (tmp_path / _digest(DATA)).write_bytes(damaged)
-        assert cache.get(_digest(DATA), lambda: DATA) == DATA
-        assert cache.get(_digest(DATA), _never) == DATA
+        assert cache.get(*_digests(DATA), lambda: DATA) == DATA
+        assert cache.get(*_digests(DATA), _never) == DATA
 
 
 def test_what_is_not_the_block_is_handed_on_but_not_kept(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 1 << 20)
-    assert cache.get(_digest(DATA), lambda: b"other") == b"other"
+    assert cache.get(*_digests(DATA), lambda: b"other") == b"other"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,7 +160,7 @@ def test_the_cache_keeps_to_its_limit(blocks: list[int]) -> None:
         cache = BlockCache(Path(folder), 4096)
         for number in blocks:
             data = bytes([number]) * 200
-            assert cache.get(_digest(data), lambda data=data: data) == data
+            assert cache.get(*_digests(data), lambda data=data: data) == data
             kept = [p for p in Path(folder).iterdir() if p.name != "of the user"]
             assert sum(path.stat().st_size for path in kept) <= 4096
         assert (Path(folder) / "of the user").exists()
@@ -165,10 +170,10 @@ def test_the_least_recently_read_go_first(tmp_path: Path) -> None:
     blocks = [bytes([n]) * 100 for n in range(16)]
     cache = BlockCache(tmp_path, 1600)
     for age, data in enumerate(blocks):
-        cache.get(_digest(data), lambda data=data: data)
+        cache.get(*_digests(data), lambda data=data: data)
         if (path := tmp_path / _digest(data)).exists():
             os.utime(path, (age, age))
-    cache.get(_digest(blocks[3]), _never)
+    cache.get(*_digests(blocks[3]), _never)
     BlockCache(tmp_path, 800)
     left = {n for n, data in enumerate(blocks) if (tmp_path / _digest(data)).exists()}
     assert left == {3, 10, 11, 12, 13, 14, 15}
@@ -181,7 +186,7 @@ def test_threads_share_a_cache(tmp_path: Path) -> None:
     def work(start: int) -> None:
         for n in range(200):
             data = bytes([(start + n) % 50]) * 500
-            if cache.get(_digest(data), lambda data=data: data) != data:
+            if cache.get(*_digests(data), lambda data=data: data) != data:
                 wrong.append(n)
 
     with ThreadPoolExecutor(4) as pool:
@@ -194,4 +199,4 @@ def test_a_cache_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cache folder .*file.*reading.cache_bytes"):
         BlockCache(tmp_path / "file", 1 << 20)
     with pytest.raises(UserError, match="'../x' is no SHA-256"):
-        BlockCache(tmp_path, 1 << 20).get("../x", _never)
+        BlockCache(tmp_path, 1 << 20).get("../x", "", _never)

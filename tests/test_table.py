@@ -110,6 +110,14 @@ def test_domain_from_file_and_local_ids(tmp_path: Path) -> None:
     assert rows["user"].to_pylist() == ["de:1", "uk:1"] and rows["time"].to_pylist() == [0, 0]
 
 
+def test_local_ids_of_two_domains_are_never_the_same(tmp_path: Path) -> None:
+    """The user b:1 of the domain a is not the user 1 of a domain a:b."""
+    path = write_file(tmp_path, "log.csv", "user,d,click\nb:1,a,0\n1,a:b,1\n")
+    config = TableConfig(path, label="click", domain="d", local=("user",))
+    with pytest.raises(UserError, match="the domain 'a:b' has a ':', .*rename the domain, or leav"):
+        read_log(config, (Field("user", "id"),))
+
+
 def test_ratings(tmp_path: Path) -> None:
     path = write_file(tmp_path, "log.csv", "stars,d\n1,x\n3,x\n4,x\n3.0,x\n5,x\n")
     rules: dict[str, Any] = {

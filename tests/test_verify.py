@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset as wds
+import xxhash
 
 from data_shards.errors import UserError
 from data_shards.index import Block, Index
@@ -23,6 +24,8 @@ from data_shards.tars import members
 from data_shards.verify import reindexed, verify
 from data_shards.writer import write_shards
 from tests.toy_source import SCHEMA, toy_source
+
+SMALL = Reading(global_batch=48, lanes=12, shuffle_rows=150)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,8 @@ def _rewrite(shards: Path, number: int, table: pa.Table, **changes: int) -> Bloc
     with (shards / block.shard).open("r+b") as file:
         file.seek(block.offset)
         file.write(data)
-    digest = hashlib.sha256(data).hexdigest()
-    changed = dataclasses.replace(block, sha256=digest, **changes)  # pyright: ignore
+    digests = {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": xxhash.xxh3_64_hexdigest(data)}
+    changed = dataclasses.replace(block, **digests | changes)  # pyright: ignore
     blocks = (*index.blocks[:number], changed, *index.blocks[number + 1 :])
     dataclasses.replace(index, blocks=blocks).save(shards)
     return changed
@@ -76,7 +79,8 @@ def test_a_sound_set_is_sound(sound: Path) -> None:
 
 @pytest.mark.parametrize("place", [0, 9, 300, -1])
 def test_every_flipped_byte_of_a_block_is_found(shards: Path, place: int) -> None:
-    block = Index.load(shards).blocks[4]
+    index = Index.load(shards)
+    block = index.blocks[4]
     data = bytearray((shards / block.shard).read_bytes())
     data[block.offset + place % block.bytes] ^= 1
     (shards / block.shard).write_bytes(data)
@@ -85,6 +89,16 @@ def test_every_flipped_byte_of_a_block_is_found(shards: Path, place: int) -> Non
     assert f"member {block.member} at byte {block.offset}: its SHA-256" in report.problems[0]
     with pytest.raises(UserError, match=f"1 problems: .*{block.member}"):
         report.require_sound()
+    with pytest.raises(UserError, match=f"member {block.member} .*: its XXH3 differs from the ind"):
+        list(Loader(shards, Rows(index.splits), SMALL, 0, 1).batches(Cursor()))
+
+
+def test_a_block_has_both_of_its_digests(shards: Path) -> None:
+    index = Index.load(shards)
+    for name, said in (("sha256", "SHA-256"), ("xxh3", "XXH3")):
+        wrong = dataclasses.replace(index.blocks[0], **{name: "0"})  # pyright: ignore
+        dataclasses.replace(index, blocks=(wrong, *index.blocks[1:])).save(shards)
+        assert f"{wrong.member} at byte {wrong.offset}: its {said} differs" in _say(shards)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +237,8 @@ def test_tars_of_stock_webdataset_with_our_blocks_are_read(sound: Path, tmp_path
                 tar.write({"__key__": key, "arrow": reader.fetch(block)})
     reindexed(index, tmp_path, ["a.tar", "b.tar"]).save(tmp_path)
     assert verify(tmp_path).problems == ()
-    reading = Reading(global_batch=48, lanes=12, shuffle_rows=150)
     theirs, ours = (
-        [b.row_id.tolist() for b in Loader(at, Rows(("train",)), reading, 0, 1).batches(Cursor())]
+        [b.row_id.tolist() for b in Loader(at, Rows(("train",)), SMALL, 0, 1).batches(Cursor())]
         for at in (tmp_path, sound)
     )
     assert theirs == ours

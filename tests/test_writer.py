@@ -210,7 +210,7 @@ def test_a_damaged_block_is_named(copy: Path) -> None:
     data = bytearray(path.read_bytes())
     data[block.offset + block.bytes // 2] ^= 1
     path.write_bytes(data)
-    where = f"{block.shard}, member {block.member} at byte {block.offset}: its SHA-256 differs"
+    where = f"{block.shard}, member {block.member} at byte {block.offset}: its XXH3 differs"
     with pytest.raises(UserError, match=where):
         ShardReader(copy, index).read(block)
     path.unlink()
@@ -247,7 +247,7 @@ def test_a_damaged_index_is_named(copy: Path) -> None:
     whole = path.read_text()
     content = json.loads(whole)
     cases: list[tuple[dict, str]] = [
-        ({"format": 3}, "format 3, this version reads 2"),
+        ({"format": 2}, "format 2, this version reads 3"),
         ({"rows": 7}, "changed since it was written"),
         ({"dropped": {}}, "changed since it was written"),
         ({"blocks": [["shard", "member"]]}, "not a valid index"),

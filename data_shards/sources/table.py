@@ -35,7 +35,7 @@ from data_shards.sources.table_columns import (
     reader_of,
 )
 from data_shards.sources.table_files import Chunk, Files
-from data_shards.sources.table_join import Join, JoinConfig
+from data_shards.sources.table_join import Join, JoinConfig, local_values
 
 ROW_BITS = 40
 
@@ -282,7 +282,7 @@ class Log:
         null = field.name not in self.needed
         values = checked.column(self.column_of(field.name), read, expected, null=null)
         if field.name in self.config.local:
-            return pc.binary_join_element_wise(domain, values, ":")
+            return local_values(domain, values)
         return values
 
 

@@ -111,6 +111,17 @@ class Join:
         return pa.table(columns)
 
 
+def local_values(domain: pa.Array, values: pa.Array) -> pa.Array:
+    """Values that mean something else in each domain, told apart by the domain's name."""
+    odd = domain.filter(pc.match_substring(domain, ":"))
+    if len(odd):
+        raise UserError(
+            f"the domain {odd[0].as_py()!r} has a ':', which divides a domain's name from its "
+            "local values; rename the domain, or leave `local` out"
+        )
+    return pc.binary_join_element_wise(domain, values, ":")
+
+
 def _looked_up(lists: pa.ListArray, index: StringTable, column: pa.ChunkedArray) -> pa.ListArray:
     """The lists with each key's value, null where there is none."""
     places = index.find(lists.flatten())
