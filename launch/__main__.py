@@ -12,6 +12,7 @@ from launch import (
     add_domain,
     demo,
     evaluate,
+    export,
     fetch,
     inspect,
     predict,
@@ -28,6 +29,7 @@ VERBS = {
     "remove-domain": remove_domain,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
     "inspect": inspect,
     "demo": demo,
 }

@@ -3,7 +3,7 @@
 Shapes: B rows, U distinct prompts, n prompts, T tokens, D the encoder's width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from models.method import Tokens
 
 
 class Prompts(NamedTuple):
-    """Distinct prompts, shortest first."""
+    """Distinct prompts, shortest first unless `arranged` in lines."""
 
     ids: Tensor
     """[U, longest] int64, zeros after a prompt's end"""
@@ -21,6 +21,8 @@ class Prompts(NamedTuple):
     """[U], at least 1: a padding row is a prompt of one token 0"""
     of_row: Tensor
     """[B] which of them each row has"""
+    lines: list[int]
+    """How many of them, in turn, the encoder may read in one line of tokens"""
 
 
 class States(NamedTuple):
@@ -35,25 +37,21 @@ class States(NamedTuple):
 def distinct(tokens: Tokens) -> Prompts:
     """Each prompt once, in an order that does not depend on that of the rows."""
     lengths = tokens.lengths.long()
-    mask = _mask(lengths)
+    mask = real(lengths)
     padded = tokens.values.new_zeros(mask.shape, dtype=torch.int64)
     padded.masked_scatter_(mask, tokens.values.long())
     keyed = torch.cat([lengths.clamp(min=1).unsqueeze(1), padded], dim=1)
     found, of_row = torch.unique(keyed, dim=0, return_inverse=True)
-    return Prompts(found[:, 1:], found[:, 0], of_row)
+    return Prompts(found[:, 1:], found[:, 0], of_row, [1] * len(found))
 
 
-def encode(
-    encoder: Callable[[Tensor, Tensor], list[Tensor]], prompts: Prompts, calls: int
-) -> list[States]:
-    """All prompts' states, in just so many calls, of equally many prompts each.
-
-    Under ZeRO 3 a call gathers weights, so that all ranks must make as many. Where there are
-    fewer prompts than calls, copies of the shortest come first.
-    """
-    missing = max(calls - len(prompts.ids), 0)
-    place = torch.arange(-missing, len(prompts.ids), device=prompts.ids.device).clamp(min=0)
-    return [_encode(encoder, prompts, part) for part in place.tensor_split(calls)]
+def chosen(prompts: Prompts, places: Sequence[int]) -> Prompts:
+    """These of the prompts, in this order; `of_row` is right where it holds all of them."""
+    order = torch.tensor(places, dtype=torch.int64, device=prompts.ids.device)
+    inverse = torch.zeros_like(prompts.lengths)
+    inverse[order] = torch.arange(len(places), device=order.device)
+    ids, lengths = prompts.ids[order], prompts.lengths[order]
+    return Prompts(ids, lengths, inverse[prompts.of_row], [1] * len(places))
 
 
 def take(encoded: Sequence[States], prompts: Prompts, groups: Sequence[Tensor]) -> list[States]:
@@ -65,7 +63,7 @@ def take(encoded: Sequence[States], prompts: Prompts, groups: Sequence[Tensor]) 
     spots, masks = [], []
     for group in groups:
         lengths = prompts.lengths[group]
-        mask = _mask(lengths)
+        mask = real(lengths)
         inside = torch.arange(mask.shape[1], device=mask.device).minimum(lengths[:, None] - 1)
         spots.append((start[group].unsqueeze(1) + inside).flatten())
         masks.append(mask)
@@ -80,12 +78,10 @@ def take(encoded: Sequence[States], prompts: Prompts, groups: Sequence[Tensor]) 
     ]
 
 
-def _encode(
-    encoder: Callable[[Tensor, Tensor], list[Tensor]], prompts: Prompts, place: Tensor
-) -> States:
-    mask = _mask(prompts.lengths[place])
-    *taps, last = encoder(prompts.ids[place, : mask.shape[1]], mask)
-    return States([*(tap for tap in taps if tap is not last), last], mask)
+def real(lengths: Tensor) -> Tensor:
+    """[n, longest] true on tokens; a column at least."""
+    longest = max(int(lengths.max()), 1) if len(lengths) else 1
+    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
 
 
 def _starts(encoded: Sequence[States]) -> Tensor:
@@ -97,9 +93,3 @@ def _starts(encoded: Sequence[States]) -> Tensor:
         ]
     )
     return widths.cumsum(0) - widths
-
-
-def _mask(lengths: Tensor) -> Tensor:
-    """[n, longest] true on tokens; a column at least."""
-    longest = max(int(lengths.max()), 1) if len(lengths) else 1
-    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)

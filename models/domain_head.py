@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_nTW: Tensor, mask_nT: Tensor) -> Tensor:
         q, k, v = self.qkv(x_nTW).unflatten(2, self.split).permute(2, 0, 3, 1, 4)
         seen = v  # of no prompt, which cuDNN's and Flash's kernels refuse (pytorch#133780)
-        if len(x_nTW):
+        if x_nTW.shape[0] > 0:  # `len` would fix the number in an export
             seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_nT[:, None, None, :])
         return self.out(seen.transpose(1, 2).flatten(2))
 

@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, seed: int) -> None:
         # seconds of import, for the runs alone that have an encoder
-        from models.encoder_library import add_lora, load_model
+        from models.encoder_library import add_lora, is_causal, load_model
 
         super().__init__()
         self._files = find(config)
@@ -51,30 +51,48 @@ class Encoder(nn.Module):
         self.layers: int = self.model.config.num_hidden_layers
         self.taps = tuple(range(0, self.layers + 1, config.every))
         """0, f, 2f, ... <= L: which hidden states `forward` gives; 0 is the embedding's output."""
+        self.worth = 5 * self.hidden if is_causal(self.model) else 0
+        """How many attentions to a token cost as much as all else that a layer does for one; 0
+        where no beginning can be shared, since a token's states follow from later ones too."""
 
-    def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor, depth: Tensor | None = None) -> list[Tensor]:
         """The tapped states and then the last one, each [n, T, hidden], for ids [n, T] int64 and
         mask [n, T] bool, true on tokens, false on the padding to their right.
 
         What stands in the padding changes no other state; those on it mean nothing, but are finite.
         A row of padding alone reads as its first id.
-        """
-        self._check_ids(ids)
-        visible = mask.clone()
-        visible[:, 0] = True  # attention over nothing is another thing in each kernel
-        states = self.model(input_ids=ids, attention_mask=visible.long(), output_hidden_states=True)
-        tapped = [states.hidden_states[layer] for layer in self.taps]
-        return [*tapped, states.last_hidden_state]
 
-    def _check_ids(self, ids: Tensor) -> None:
+        A causal encoder (`worth`) also reads trees of prompts: mask [n, T, T], true where the token
+        of the row sees that of the column, and each token's place `depth` [n, T] in its prompt.
+        """
+        self._check_ids(ids, ids.shape[1] if depth is None else int(depth.max()) + 1)
+        if depth is None:
+            mask = mask.clone()
+            mask[:, 0] = True  # attention over nothing is another thing in each kernel
+            return self.states(ids, attention_mask=mask.long())
+        return self.states(ids, attention_mask=mask.unsqueeze(1), position_ids=depth)
+
+    def states(self, ids: Tensor, **seen: Tensor) -> list[Tensor]:
+        """As `forward`, from what the model itself takes, unchecked."""
+        found = self.model(input_ids=ids, output_hidden_states=True, **seen)
+        return [*(found.hidden_states[layer] for layer in self.taps), found.last_hidden_state]
+
+    def _check_ids(self, ids: Tensor, longest: int) -> None:
         """UserError for tokens that this encoder cannot have given, as a log's own may be."""
         low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= self._rows or ids.shape[1] > self._positions:
+        if low < 0 or high >= self._rows or longest > self._positions:
             raise UserError(
-                f"prompts hold tokens {low} to {high}, up to {ids.shape[1]} of them; the encoder "
+                f"prompts hold tokens {low} to {high}, up to {longest} of them; the encoder "
                 f"reads 0 to {self._rows - 1}, up to {self._positions}: write the shards with its "
                 "own tokenizer, as [data.prompt] does"
             )
+
+    def merge_lora(self) -> None:
+        """Add LoRA to the weights of its layers, for good; nothing is left to train."""
+        from models.encoder_library import merge_lora
+
+        merge_lora(self.model)
+        self._lora = set()
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """All that can be trained."""

@@ -15,7 +15,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TokenizersBackend
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 from transformers.utils import logging
@@ -26,6 +32,8 @@ from models.encoder_files import EncoderConfig, EncoderFiles
 
 logging.set_verbosity_error()
 DEFAULT_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+CAUSAL = (LlamaConfig,)
+"""Decoders that take positions, and a mask of which token sees which."""
 SNAPSHOT = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
@@ -86,6 +94,11 @@ def load_tokenizer(files: EncoderFiles) -> TokenizersBackend:
     return tokenizer
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether a token sees those before it alone, in a model that may be told which."""
+    return type(model.config) in CAUSAL and model.config.to_dict().get("is_causal", True)
+
+
 def add_lora(model: PreTrainedModel, config: EncoderConfig, seed: int) -> None:
     """Freeze the model and give its target layers low-rank branches, for which B is 0 and A a pure
     function of the seed and the layer's name."""
@@ -103,6 +116,14 @@ def add_lora(model: PreTrainedModel, config: EncoderConfig, seed: int) -> None:
                 nn.init.kaiming_uniform_(
                     low.get_parameter("weight"), a=math.sqrt(5), generator=first
                 )
+
+
+def merge_lora(model: PreTrainedModel) -> None:
+    """Put what the branches say into their layers' weights, and take them out."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoraLayer):
+            layer.merge()  # type: ignore[attr-defined]
+            model.set_submodule(name, layer.get_base_layer())
 
 
 def _check_vocabulary(files: EncoderFiles, largest: int) -> None:

@@ -1,14 +1,13 @@
 """What a frozen encoder makes of prompts, kept from one epoch to the next."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from models.distinct import Prompts, States, encode
-
-EncoderCall = Callable[[Tensor, Tensor], list[Tensor]]
+from models.distinct import Prompts, States, chosen
+from models.shared_beginnings import EncoderCall, arranged, encode
 
 
 class StateCache:
@@ -23,21 +22,23 @@ class StateCache:
         return len(self._kept)
 
     def encode(
-        self, encoder: EncoderCall, prompts: Prompts, calls: int
+        self, encoder: EncoderCall, prompts: Prompts, calls: int, worth: int = 0
     ) -> tuple[Prompts, list[States]]:
         """The prompts, those not kept yet first, and their states in that order.
 
         Only those are encoded, in `calls` calls at most, so ranks make different numbers of them.
         """
-        keys = _keys(prompts)
-        new = [place for place, key in enumerate(keys) if key not in self._kept]
-        old = [place for place, key in enumerate(keys) if key in self._kept]
-        fresh = _some(prompts, new)
-        encoded = encode(encoder, fresh, min(calls, len(new))) if new else []
+        place = {key: number for number, key in enumerate(_keys(prompts))}
+        new = [number for key, number in place.items() if key not in self._kept]
         # taken out before new ones are put in, so that both lists hold
-        known = [_padded([self._kept[keys[place]] for place in old], prompts)] if old else []
-        self._keep([keys[place] for place in new], fresh.lengths.tolist(), encoded)
-        return _some(prompts, [*new, *old]), [*encoded, *known]
+        old = {number: self._kept[key] for key, number in place.items() if key in self._kept}
+        fresh, encoded = arranged(chosen(prompts, new), worth), []
+        if new:
+            encoded = encode(encoder, fresh, min(calls, len(fresh.lines)))
+        keys = _keys(fresh)
+        self._keep(keys, fresh.lengths.tolist(), encoded)
+        known = [_padded(list(old.values()), prompts)] if old else []
+        return chosen(prompts, [*(place[key] for key in keys), *old]), [*encoded, *known]
 
     def _keep(
         self, keys: Sequence[bytes], lengths: Sequence[int], encoded: Sequence[States]
@@ -54,14 +55,6 @@ class StateCache:
 def _keys(prompts: Prompts) -> list[bytes]:
     ids = prompts.ids.cpu().numpy()
     return [row[:n].tobytes() for row, n in zip(ids, prompts.lengths.tolist(), strict=True)]
-
-
-def _some(prompts: Prompts, places: Sequence[int]) -> Prompts:
-    """These of the prompts, in this order; `of_row` is right where it holds all of them."""
-    order = torch.tensor(places, dtype=torch.int64, device=prompts.ids.device)
-    inverse = torch.zeros_like(prompts.lengths)
-    inverse[order] = torch.arange(len(places), device=order.device)
-    return Prompts(prompts.ids[order], prompts.lengths[order], inverse[prompts.of_row])
 
 
 def _padded(kept: Sequence[Tensor], prompts: Prompts) -> States:

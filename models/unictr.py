@@ -3,6 +3,10 @@
 Phase 1 trains LoRA, general network and all heads together; phase 2 freezes the former two and
 trains heads. Prompts are encoded once however many rows have them, shortest first in
 `EncoderConfig.chunks` calls; a head sees its own domain's prompts alone.
+
+A decoder encodes beginnings once, too. The paper's prompt (`uni_ctr`) tells domain, user and
+history first and the item last: rows of one user at one time share all but the item, other rows of
+a domain the words before the user's id. Ladders and gates read both ways; they share nothing.
 """
 
 from collections.abc import Sequence
@@ -15,10 +19,11 @@ from torch.nn import functional as F
 
 from data_shards.errors import UserError
 from models.backbones import Inputs
-from models.distinct import Prompts, States, distinct, encode, take
+from models.distinct import Prompts, States, distinct, take
 from models.domain_head import HeadShape, new_head
 from models.encoder import Encoder, EncoderConfig
 from models.method import Features, Method, Tokens
+from models.shared_beginnings import arranged, encode
 from models.state_cache import StateCache
 
 
@@ -162,7 +167,8 @@ class UniCTR(Method):
         """The prompts, maybe in another order, and their states in that order."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             if self._keeps:
-                return self.cache.encode(self.encoder, prompts, self.calls)
+                return self.cache.encode(self.encoder, prompts, self.calls, self.encoder.worth)
+            prompts = arranged(prompts, self.encoder.worth)
             return prompts, encode(self.encoder, prompts, self.calls)
 
     def _slot(self, domain: str) -> int:

@@ -192,6 +192,21 @@ def test_a_mistake_is_one_line_and_status_2(
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("F.onnx", "F.onnx: expected a name that ends in .pt2, in a folder that is there"),
+        ("F.pt2", "method mlora reads tables; programs are of prompts alone, so of a run with"),
+    ],
+)
+def test_what_cannot_be_exported(
+    project: Project, tmp_path: Path, out: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(project.run), "F", "--out", str(tmp_path / out)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.dist
 def test_a_run_under_torchrun_trains_and_says_what_it_found(project: Project) -> None:
     assert project.trained.returncode == 0, project.trained.stderr
     summary = json.loads((project.run / "summary.json").read_text(encoding="utf-8"))

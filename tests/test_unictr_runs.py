@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from data_shards import Index, UserError
+from data_shards import Cursor, Index, Loader, Rows, UserError
 from launch.__main__ import main
 from models import UniCTR
 from tests.gang import gang
@@ -244,6 +244,26 @@ def test_strict_prediction_names_the_domains_that_have_no_head(
     command = ["predict", str(output / "whole"), str(raw), "--out", str(out), "--strict"]
     assert main(command) == 2
     assert not out.exists() and f"games {GAMES}" in _err(capsys)
+
+
+def test_an_exported_domain_scores_as_evaluation(story: Story, toy: Path, output: Path) -> None:
+    file, config = output / "music.pt2", configured(toy, output, "whole")
+    assert main(["export", str(output / "whole"), "music", "--out", str(file)]) == 0
+    program, found = torch.export.load(file).module(), {}
+    rows = Rows(config.test, ("music",))
+    for batch in Loader(toy / "shards", rows, config.reading, 0, 1).batches(Cursor()):
+        (tokens,) = batch.tokens.values()
+        real = tokens.lengths() > 0
+        prompts = tokens.values().long().split(tokens.lengths()[real].tolist())
+        ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        mask = torch.arange(ids.shape[1]) < tokens.lengths()[real].unsqueeze(1)
+        logit = program(ids, mask).tolist()
+        found |= dict(zip(batch.row_id[real].tolist(), logit, strict=True))
+    wanted = story.predictions["removed"]
+    mine = wanted.domain == wanted.domains.index("music")
+    assert sorted(found) == wanted.row_id[mine].tolist()
+    logits = [found[row] for row in wanted.row_id[mine].tolist()]
+    np.testing.assert_allclose(logits, wanted.logit[mine], rtol=1e-4, atol=1e-4)
 
 
 def _err(capsys: pytest.CaptureFixture[str]) -> str:
