@@ -8,6 +8,7 @@ from models.backbones import BackboneConfig, Inputs
 from models.encoder import EncoderConfig
 from models.method import Features, Method, Tokens
 from models.mlora import MLoRA, MLoRAConfig
+from models.shared_bottom import SharedBottom, SharedBottomConfig
 from models.unictr import UniCTR, UniCTRConfig
 
 
@@ -25,11 +26,12 @@ class Parts:
     """Places of the anonymous fields among the `inputs.fields`."""
 
 
-MethodConfig = MLoRAConfig | UniCTRConfig
+MethodConfig = MLoRAConfig | UniCTRConfig | SharedBottomConfig
 # Any: each takes its own config
 METHODS: dict[str, Callable[[Any, Parts], Method]] = {
     "mlora": lambda config, parts: MLoRA(parts.inputs, parts.backbone, config),
     "unictr": lambda config, parts: UniCTR(parts.inputs, parts.encoder, config, parts.seed),
+    "shared_bottom": lambda config, parts: SharedBottom(parts.inputs, config, parts.seed),
 }
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "Method",
     "MethodConfig",
     "Parts",
+    "SharedBottom",
+    "SharedBottomConfig",
     "Tokens",
     "UniCTR",
     "UniCTRConfig",

@@ -6,6 +6,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_shards.errors import UserError
 
 
 class Tokens(NamedTuple):
@@ -105,3 +108,22 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def remove_domain(self, domain: str) -> None:
         """The other adapters stay as they are, in the same order."""
+
+    def slot_of(self, domain: str) -> int:
+        """The domain's place in `domains`; UserError where it has none."""
+        if domain not in self.domains:
+            known = ", ".join(self.domains) or "none"
+            raise UserError(f"no adapter for domain {domain!r} is loaded; loaded: {known}")
+        return self.domains.index(domain)
+
+    def require_new(self, domain: str) -> None:
+        """UserError where the domain has an adapter."""
+        if domain in self.domains:
+            raise UserError(
+                f"domain {domain!r} has an adapter already; remove it first (`remove-domain`)"
+            )
+
+
+def cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Binary cross entropy, summed over rows."""
+    return F.binary_cross_entropy_with_logits(logit, label, weight, reduction="sum")

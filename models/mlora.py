@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from data_shards.errors import UserError
 from models.adapters import AdapterShape, generator_for
 from models.backbones import BACKBONES, Backbone, BackboneConfig, Inputs
-from models.method import Features, Method
+from models.method import Features, Method, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class MLoRA(Method):
 
     def loss(self, logit: Tensor, label: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Binary cross entropy; summed over ranks it is the mean over the global batch."""
-        summed = F.binary_cross_entropy_with_logits(logit[:, 0], label, weight, reduction="sum")
-        return summed / max(rows, 1)
+        return cross_entropy(logit[:, 0], label, weight) / max(rows, 1)
 
     def shared(self) -> dict[str, Tensor]:
         own = {id(p) for p in self.adapter_parameters()}
@@ -64,7 +62,7 @@ class MLoRA(Method):
         return {**found, **dict(self.named_buffers())}
 
     def adapter(self, domain: str) -> dict[str, Tensor]:
-        slot = self._slot(domain)
+        slot = self.slot_of(domain)
         return {
             f"{name}.{part}": tensor
             for name, layer in self._adapted.items()
@@ -80,10 +78,7 @@ class MLoRA(Method):
         return [p for layer in layers for p in layer.parameters()]
 
     def add_domain(self, domain: str, seed: int) -> None:
-        if domain in self.domains:
-            raise UserError(
-                f"domain {domain!r} has an adapter already; remove it first (`remove-domain`)"
-            )
+        self.require_new(domain)
         config = self.config
         for name, layer in self._adapted.items():
             rank = max(layer.linear.out_features // config.alpha, 1)
@@ -92,16 +87,10 @@ class MLoRA(Method):
         self.domains.append(domain)
 
     def remove_domain(self, domain: str) -> None:
-        slot = self._slot(domain)
+        slot = self.slot_of(domain)
         for layer in self._adapted.values():
             layer.remove(slot)
         self.domains.remove(domain)
-
-    def _slot(self, domain: str) -> int:
-        if domain not in self.domains:
-            known = ", ".join(self.domains) or "none"
-            raise UserError(f"no adapter for domain {domain!r} is loaded; loaded: {known}")
-        return self.domains.index(domain)
 
 
 def build_backbone(inputs: Inputs, config: BackboneConfig) -> Backbone:

@@ -15,14 +15,13 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from data_shards.errors import UserError
 from models.backbones import Inputs
 from models.distinct import Prompts, States, distinct, take
 from models.domain_head import HeadShape, new_head
 from models.encoder import Encoder, EncoderConfig
-from models.method import Features, Method, Tokens
+from models.method import Features, Method, Tokens, cross_entropy
 from models.shared_beginnings import arranged, encode
 from models.state_cache import StateCache
 
@@ -129,7 +128,7 @@ class UniCTR(Method):
         general network; of the latter alone where a row's domain has no head."""
         own, general, has_own = logit.unbind(1)
         known = weight * has_own.detach()
-        summed = _cross_entropy(own, label, weight) + _cross_entropy(general, label, known)
+        summed = cross_entropy(own, label, weight) + cross_entropy(general, label, known)
         return summed / max(rows, 1)
 
     def shared(self) -> dict[str, Tensor]:
@@ -138,7 +137,7 @@ class UniCTR(Method):
         return {**lora, **general}
 
     def adapter(self, domain: str) -> dict[str, Tensor]:
-        head = self.heads[self._slot(domain)]
+        head = self.heads[self.slot_of(domain)]
         return {name: p.data for name, p in head.named_parameters()}
 
     def frozen(self) -> dict[str, Tensor]:
@@ -151,16 +150,13 @@ class UniCTR(Method):
         return list(self.heads.parameters())
 
     def add_domain(self, domain: str, seed: int) -> None:
-        if domain in self.domains:
-            raise UserError(
-                f"domain {domain!r} has an adapter already; remove it first (`remove-domain`)"
-            )
+        self.require_new(domain)
         head = new_head(self.shape, seed, domain)
         self.heads.append(head.to(self.general.tower.out.weight))
         self.domains.append(domain)
 
     def remove_domain(self, domain: str) -> None:
-        del self.heads[self._slot(domain)]
+        del self.heads[self.slot_of(domain)]
         self.domains.remove(domain)
 
     def _encode(self, prompts: Prompts) -> tuple[Prompts, list[States]]:
@@ -170,12 +166,6 @@ class UniCTR(Method):
                 return self.cache.encode(self.encoder, prompts, self.calls, self.encoder.worth)
             prompts = arranged(prompts, self.encoder.worth)
             return prompts, encode(self.encoder, prompts, self.calls)
-
-    def _slot(self, domain: str) -> int:
-        if domain not in self.domains:
-            known = ", ".join(self.domains) or "none"
-            raise UserError(f"no adapter for domain {domain!r} is loaded; loaded: {known}")
-        return self.domains.index(domain)
 
     def _own(
         self,
@@ -218,10 +208,6 @@ def _prompts(features: Features) -> Tokens:
 def _present(slot: Tensor) -> tuple[int, ...]:
     """The slots of these rows, ascending."""
     return tuple(torch.unique(slot[slot >= 0]).tolist())
-
-
-def _cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logit, label, weight, reduction="sum")
 
 
 def _head_shape(inputs: Inputs, encoder: Encoder, config: UniCTRConfig) -> HeadShape:
