@@ -17,7 +17,7 @@ from benchmarks.sides import BATCH, Setting, phase_1
 from data_shards import Batch, Cursor
 from trainer import config as run_files
 from trainer import ranks as groups
-from trainer.model import new_trunk
+from trainer.trunk import new_trunk
 
 RUN_FILE = Path(__file__).parents[1] / "launch" / "runs" / "movielens_mlora.toml"
 

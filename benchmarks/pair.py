@@ -13,7 +13,7 @@ from benchmarks.measure import where_time_goes
 from benchmarks.sides import Setting, phase_1
 from trainer import ranks as groups
 from trainer.config import RunConfig
-from trainer.model import new_trunk
+from trainer.trunk import new_trunk
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from models import Features, Method
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.fit import Trainee
-from trainer.model import Model, Trunk, empty_trunk
+from trainer.model import Model
 from trainer.ranks import Ranks
+from trainer.trunk import Trunk, empty_trunk
 
 BATCH = 4096
 STREAMED = 46  # steps from shards in one turn: a third of an epoch of MovieLens

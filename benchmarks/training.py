@@ -42,7 +42,8 @@ from benchmarks.sides import (
 from embeddings import Embedder
 from trainer import config as run_files
 from trainer import ranks as groups
-from trainer.model import Model, new_trunk
+from trainer.model import Model
+from trainer.trunk import new_trunk
 
 ROOT = Path(__file__).parents[1]
 RUN_FILE = ROOT / "launch" / "runs" / "movielens_mlora.toml"

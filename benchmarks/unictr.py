@@ -37,13 +37,13 @@ from models.unictr import UniCTR
 from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.config import RunConfig
-from trainer.model import Model, Trunk, new_trunk
+from trainer.model import Model
+from trainer.trunk import Trunk, new_trunk
 
 ROOT = Path(__file__).parents[1]
 RUN_FILE = ROOT / "launch" / "runs" / "amazon_unictr.toml"
 STEPS = 2  # of one turn
-PeerRows = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Token ids [B, longest], their mask, domains [B], labels [B]."""
+PeerRows = tuple[Tensor, Tensor, Tensor, Tensor]  # ids [B, longest], mask, domains [B], labels [B]
 
 
 class Peer(nn.Module):

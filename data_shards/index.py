@@ -214,7 +214,10 @@ def _block(row: list[Any]) -> Block:
     for field, value in zip(fields(Block), row, strict=False):
         if type(value) is not field.type:
             raise TypeError(f"a block's {field.name} is {value!r}")
-    return Block(*row)
+    block = Block(*row)
+    if not 0 <= block.rows <= block.bytes:
+        raise ValueError(f"{block.rows} rows in the {block.bytes} bytes of {block.member}")
+    return block
 
 
 def _check_shards(storage: Storage, shards: Mapping[str, int]) -> None:

@@ -1,10 +1,14 @@
 """One block at a time from a shard, by position, checked against the index."""
 
+# Arrow makes its compute functions when it is imported, where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from data_shards.errors import UserError
@@ -143,6 +147,7 @@ def _parse(data: bytes, columns: pa.Schema, trusted: bool) -> pa.Table:
         # compressed or shared buffers could swell far beyond the bytes that were read
         if table.nbytes > len(data):
             raise ValueError(f"{table.nbytes} bytes of columns in {len(data)} bytes")
+    _require_values(table, columns)
     return table if table.column(0).num_chunks == 1 else table.combine_chunks()
 
 
@@ -155,6 +160,16 @@ def _require_columns(schema: pa.Schema, columns: pa.Schema) -> None:
     for name, kind in zip(names, columns.types, strict=True):
         if found[name] != kind:
             raise ValueError(f"its column {name!r} is {found[name]}, not {kind}")
+
+
+def _require_values(table: pa.Table, columns: pa.Schema) -> None:
+    """A missing text is an empty one and a missing list has no values; a number must be there."""
+    for column in columns:
+        found = table[column.name]
+        if pa.types.is_list(column.type):
+            found = pc.list_flatten(found)
+        if found.null_count and not pa.types.is_string(column.type):
+            raise ValueError(f"its column {column.name!r} holds a null")
 
 
 def blank_row(schema: Schema) -> pa.Table:

@@ -76,9 +76,10 @@ class Layouts:
         Whatever the bytes, all values and all lists that are found lie inside of them.
         """
         try:
-            if self._last is None or not data.startswith(self._last[0]):
-                self._last = _layout(data, self.columns)
-            message, columns, counts = self._last
+            last = self._last  # of any thread's block
+            if last is None or not data.startswith(last[0]):
+                last = self._last = _layout(data, self.columns)
+            message, columns, counts = last
             whole = np.frombuffer(data, np.uint8)
             return Stored(*_find(whole, len(message), rows, columns, counts), data)
         except Exception:  # Arrow raises a dozen classes on garbage, and tells what is wrong
@@ -93,6 +94,8 @@ def _layout(data: bytes, columns: pa.Schema) -> tuple[bytes, np.ndarray, tuple[i
     """
     message = data[: 8 + struct.unpack_from("<i", data, 4)[0]]
     schema = pa.ipc.read_schema(pa.py_buffer(message))
+    if not schema.equals(pa.schema(list(schema))) or len(set(schema.names)) < len(schema):
+        raise ValueError  # of the other byte order, or which column is meant?
     node = buffer = 0
     parts: dict[str, tuple[int, ...]] = {}
     for column in schema:
@@ -114,13 +117,13 @@ def _find(
 
     ValueError if it is no plain one, not the last message, or has other rows or columns.
     """
-    body = at + 8 + _number(data, at + 4, 4)
-    message = _target(data, at + 8)
+    length = _number(data, at + 4, 4)
+    body, message = at + 8 + length, _target(data, at + 8)
     batch, size = _target(data, _field(data, message, 2)), _field(data, message, 3)
     size = _number(data, size, 8)
     if _number(data, at, 4) != -1 or _number(data, _field(data, message, 1), 1) != _BATCH:
         raise ValueError
-    if not 0 <= size <= len(data) - body or _field(data, batch, _COMPRESSION) >= 0:
+    if length < 0 or not 0 <= size <= len(data) - body or _field(data, batch, _COMPRESSION) >= 0:
         raise ValueError
     if len(data) > body + size and (
         len(data) != body + size + 8 or _number(data, body + size, 8) != _END
@@ -135,11 +138,13 @@ def _find(
         count = _number(data, nodes + 16 * value_node, 8)
         if _number(data, nodes + 16 * node, 8) != rows or not 0 <= count <= size:
             raise ValueError
+        # a null list may span values, and a null number is none
+        if _number(data, nodes + 16 * node + 8, 8) or _number(data, nodes + 16 * value_node + 8, 8):
+            raise ValueError
         values[column] = start + _span(data, buffers + 16 * value_part, count * width, size)
         if offset_part >= 0:
             place = start + _span(data, buffers + 16 * offset_part, (rows + 1) * _OFFSET, size)
-            # a null list may span values
-            if _number(data, nodes + 16 * node + 8, 8) or not _rising(place, rows, count):
+            if not _rising(place, rows, count):
                 raise ValueError
             offsets[column] = place
     return values, offsets

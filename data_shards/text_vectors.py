@@ -3,14 +3,17 @@
 The folder holds `vectors.bin`, little-endian [texts, width], and `vectors.json`, written last.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from data_shards.errors import UserError, unknown
 from data_shards.row_files import (
@@ -77,6 +80,11 @@ class VectorWriter:
         """This rank's blocks that are not written yet."""
         return self._rows.todo
 
+    @property
+    def left(self) -> int:
+        """Texts of this rank's blocks that are not written yet."""
+        return sum(min(BLOCK, len(self._texts) - block * BLOCK) for block in self.todo)
+
     def texts(self, block: int) -> list[str]:
         """The texts of a block."""
         return self._texts.slice(block * BLOCK, BLOCK).to_pylist()
@@ -129,9 +137,23 @@ class TextVectors:
         """
         places = self.table.lookup(ids)
         found = places >= 0
-        bits = np.zeros((len(ids), self.width), self.bits.dtype)
-        bits[found] = self.bits[places[found]]
-        return torch.from_numpy(bits).view(self.dtype), int((~found & (ids != 0)).sum())
+        vectors = torch.zeros(len(ids), self.width, dtype=self.dtype)
+        vectors[torch.from_numpy(found)] = self.take(places[found])
+        return vectors, int((~found & (ids != 0)).sum())
+
+    def take(self, places: np.ndarray) -> Tensor:
+        """[n, width] the vectors at these places of the table."""
+        # each a bag of its own: torch fetches the rows of bags ahead
+        ends = torch.arange(len(places) + 1)
+        where = torch.from_numpy(places)
+        return embedding_bag(where, self._values, ends, mode="sum", include_last_offset=True)
+
+    @cached_property
+    def _values(self) -> Tensor:
+        """All vectors, never written to: a map for that would need memory for all of them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.bits).view(self.dtype)
 
     def verify(self) -> None:
         """UserError unless every byte is the one that was written."""

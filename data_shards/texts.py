@@ -90,7 +90,9 @@ class TextTable:
         """[n] places of these ids; -1 for one that is not there."""
         if not len(self):
             return np.full(len(ids), -1)
-        places = np.searchsorted(self.ids, ids)
+        order = np.argsort(ids)  # a search for ascending ids stays near the last one
+        places = np.empty(len(ids), np.int64)
+        places[order] = np.searchsorted(self.ids, ids[order])
         places[places == len(self)] = 0
         return np.where(self.ids[places] == ids, places, -1)
 

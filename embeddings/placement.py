@@ -27,7 +27,15 @@ from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, Tr
 from torchrec.distributed.types import ModuleSharder
 
 from embeddings.lazy_adam import LazyAdam
-from embeddings.table_shard import INIT_ROWS, TableShard, first_weights, place_hash
+from embeddings.table_shard import (
+    INIT_ROWS,
+    Rows,
+    TableShard,
+    filled_rows,
+    first_weights,
+    joined_rows,
+    place_hash,
+)
 from embeddings.tables import Sharding, Table, TablesConfig
 
 OPTIMIZERS = {
@@ -167,6 +175,27 @@ class ShardedTables:
             part = whole[shard.table][shard.row : shard.row + rows, shard.col : shard.col + cols]
             with torch.no_grad():
                 weight.copy_(part)
+
+    def filled(self) -> dict[str, Rows]:
+        """The rows of every table that are not all zeros, on every rank, ascending.
+
+        What it moves grows with these rows alone: for tables that start at zero.
+        """
+        mine = [filled_rows(shard) for shard in self.shards()]
+        gathered: list[list[tuple[str, int, Rows]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        parts = [part for rank in gathered for part in rank]
+        return {t.field: joined_rows(parts, t.field, t.width) for t in self.tables}
+
+    def fill(self, rows: Mapping[str, Rows]) -> None:
+        """The inverse of `filled`, on tables of zeros."""
+        for shard in self.shards():
+            weight, (place, values) = shard.tensors["weight"], rows[shard.table]
+            place = place - shard.row
+            here = (place >= 0) & (place < len(weight))
+            columns = values[here, shard.col : shard.col + weight.shape[1]]
+            with torch.no_grad():
+                weight[place[here].to(weight.device)] = columns.to(weight.device)
 
     def steps(self) -> int:
         """Optimizer steps so far (Adam's bias correction); equal on all ranks."""

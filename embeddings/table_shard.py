@@ -1,6 +1,7 @@
 """A rectangle of one table on one rank: its first weights and its digest know no plan."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 INIT_ROWS = 1 << 16  # rows whose first weights come from one seed, drawn together
+Rows = tuple[Tensor, Tensor]
+"""[n] places in a table, and the [n, width] values there."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ def place_hash(shard: TableShard) -> np.ndarray:
             mixed = _mix(_mix(place ^ name[i]) + bits)
             sums[i] += mixed.sum(dtype=np.uint64)
     return sums
+
+
+def filled_rows(shard: TableShard) -> tuple[str, int, Rows]:
+    """(table, first column, rows) of what is not all zeros in a rectangle."""
+    weight = shard.tensors["weight"].detach().cpu()
+    place = weight.any(dim=1).nonzero()[:, 0]
+    return shard.table, shard.col, (place + shard.row, weight[place])
+
+
+def joined_rows(parts: Sequence[tuple[str, int, Rows]], table: str, width: int) -> Rows:
+    """The rows of one table, ascending, out of all ranks' rectangles."""
+    own = [(col, rows) for name, col, rows in parts if name == table]
+    place = torch.unique(torch.cat([rows for _, (rows, _) in own]))
+    values = torch.zeros(len(place), width)
+    for col, (rows, part) in own:
+        values[torch.searchsorted(place, rows), col : col + part.shape[1]] = part
+    return place, values
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

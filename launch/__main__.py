@@ -10,6 +10,7 @@ import warnings
 from data_shards.errors import UserError
 from launch import (
     add_domain,
+    cache_text,
     demo,
     evaluate,
     export,
@@ -24,6 +25,7 @@ from launch import (
 VERBS = {
     "fetch": fetch,
     "write-shards": write_shards,
+    "cache-text": cache_text,
     "train": train,
     "add-domain": add_domain,
     "remove-domain": remove_domain,

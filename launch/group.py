@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -14,15 +15,15 @@ PATIENCE = 3.0  # seconds in which a rank that fails tells the others
 
 
 @contextmanager
-def joined() -> Iterator[ranks.Ranks]:
-    """Join torchrun's group, or be a group of one.
+def joined(timeout: timedelta = ranks.TIMEOUT) -> Iterator[ranks.Ranks]:
+    """Join torchrun's group, or be a group of one; a rank waits so long for the others.
 
     When one rank stops at a user's mistake that it alone met, such as a corrupt block, the
     others lose it in the middle of a collective: they say so in one line, and the mistake
     itself is not buried under their tracebacks.
     """
     try:
-        yield ranks.start()
+        yield ranks.start(timeout)
     except UserError:
         _tell()
         raise

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     say(
         f"{args.out}: {len(found):,} rows; {sum(alone.values()):,} of domains without an adapter, "
         f"scored by the shared part alone{_named(alone)}"
+        + (f"; {server.encoded:,} texts encoded on the spot" if server.encoded else "")
     )
 
 

@@ -72,11 +72,12 @@ class AdapterShape:
 class DomainLinear(nn.Module):
     """A linear layer that a domain may adapt; without adapters it is `nn.Linear`."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(d_in, d_out)
+        self.linear = nn.Linear(d_in, d_out, bias)
         nn.init.xavier_normal_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        if bias:
+            nn.init.zeros_(self.linear.bias)
         self.low_rank: LowRank | None = None
 
     def forward(self, x: Tensor, slot: Tensor) -> Tensor:
@@ -117,8 +118,9 @@ class DomainLinear(nn.Module):
         """(W + B_t A_t, b + b_t): the layer of one domain as a plain linear layer, with a graph."""
         own, linear = self.low_rank, self.linear
         assert own is not None
-        bias = linear.bias if own.bias is None else linear.bias + own.bias[slot]
-        return torch.addmm(linear.weight, own.b[slot], own.a[slot]), bias
+        bias = linear.weight.new_zeros(()) if linear.bias is None else linear.bias
+        bias = bias if own.bias is None else bias + own.bias[slot]
+        return torch.addmm(linear.weight, own.b[slot], own.a[slot]), bias.expand(len(linear.weight))
 
 
 def tiles(slot: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from models.method import Tokens
 
 
 class Prompts(NamedTuple):
-    """Distinct prompts, shortest first unless `arranged` in lines."""
+    """Distinct prompts, shortest first unless `arranged`."""
 
     ids: Tensor
     """[U, longest] int64, zeros after a prompt's end"""
@@ -21,8 +21,6 @@ class Prompts(NamedTuple):
     """[U], at least 1: a padding row is a prompt of one token 0"""
     of_row: Tensor
     """[B] which of them each row has"""
-    lines: list[int]
-    """How many of them, in turn, the encoder may read in one line of tokens"""
 
 
 class States(NamedTuple):
@@ -42,7 +40,7 @@ def distinct(tokens: Tokens) -> Prompts:
     padded.masked_scatter_(mask, tokens.values.long())
     keyed = torch.cat([lengths.clamp(min=1).unsqueeze(1), padded], dim=1)
     found, of_row = torch.unique(keyed, dim=0, return_inverse=True)
-    return Prompts(found[:, 1:], found[:, 0], of_row, [1] * len(found))
+    return Prompts(found[:, 1:], found[:, 0], of_row)
 
 
 def chosen(prompts: Prompts, places: Sequence[int]) -> Prompts:
@@ -51,7 +49,7 @@ def chosen(prompts: Prompts, places: Sequence[int]) -> Prompts:
     inverse = torch.zeros_like(prompts.lengths)
     inverse[order] = torch.arange(len(places), device=order.device)
     ids, lengths = prompts.ids[order], prompts.lengths[order]
-    return Prompts(ids, lengths, inverse[prompts.of_row], [1] * len(places))
+    return Prompts(ids, lengths, inverse[prompts.of_row])
 
 
 def take(encoded: Sequence[States], prompts: Prompts, groups: Sequence[Tensor]) -> list[States]:

@@ -6,13 +6,16 @@ n prompts, at least one; T tokens; L layers.
 import sys
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data_shards.errors import UserError
 from models.dropout import dropout
 from models.encoder_files import EncoderConfig, find
+from models.shared_beginnings import Tree, tree
 
 
 class Dropout(nn.Dropout):
@@ -30,14 +33,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, seed: int) -> None:
         # seconds of import, for the runs alone that have an encoder
-        from models.encoder_library import add_lora, is_causal, load_model
+        from models.encoder_library import add_lora, load_model, read_ways
 
         super().__init__()
         self._files = find(config)
         self.model = load_model(self._files).train()
         shape = self.model.config.to_dict()
         positions = shape.get("max_position_embeddings")
-        _check_length(config, positions)
+        check_length(config, positions)
         self._rows: int = shape["vocab_size"]
         self._positions: int = positions or sys.maxsize
         add_lora(self.model, config, seed)
@@ -51,35 +54,43 @@ class Encoder(nn.Module):
         self.layers: int = self.model.config.num_hidden_layers
         self.taps = tuple(range(0, self.layers + 1, config.every))
         """0, f, 2f, ... <= L: which hidden states `forward` gives; 0 is the embedding's output."""
-        self.worth = 5 * self.hidden if is_causal(self.model) else 0
-        """How many attentions to a token cost as much as all else that a layer does for one; 0
-        where no beginning can be shared, since a token's states follow from later ones too."""
+        self.shares = read_ways(self.model)
+        """Whether prompts that begin alike, one after the other, are encoded as a `tree`; not where
+        a token's states follow from later ones too."""
 
-    def forward(self, ids: Tensor, mask: Tensor, depth: Tensor | None = None) -> list[Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """The tapped states and then the last one, each [n, T, hidden], for ids [n, T] int64 and
         mask [n, T] bool, true on tokens, false on the padding to their right.
 
         What stands in the padding changes no other state; those on it mean nothing, but are finite.
         A row of padding alone reads as its first id.
-
-        A causal encoder (`worth`) also reads trees of prompts: mask [n, T, T], true where the token
-        of the row sees that of the column, and each token's place `depth` [n, T] in its prompt.
         """
-        self._check_ids(ids, ids.shape[1] if depth is None else int(depth.max()) + 1)
-        if depth is None:
-            mask = mask.clone()
-            mask[:, 0] = True  # attention over nothing is another thing in each kernel
-            return self.states(ids, attention_mask=mask.long())
-        return self.states(ids, attention_mask=mask.unsqueeze(1), position_ids=depth)
+        self._check_ids(ids)
+        if self.shares:
+            return self._once(tree(ids, mask.sum(1).clamp(min=1)), ids.shape[1])
+        mask = mask.clone()
+        mask[:, 0] = True  # attention over nothing is another thing in each kernel
+        return self.states(ids, attention_mask=mask.long())
 
-    def states(self, ids: Tensor, **seen: Tensor) -> list[Tensor]:
+    def _once(self, alike: Tree, width: int) -> list[Tensor]:
+        """What the prompts share is computed once; [n, width, hidden]."""
+        found = self.states(alike.ids, position_ids=alike.depth, tree=alike)
+        at = F.pad(alike.way, (0, width - alike.way.shape[1])).flatten()
+        apart = {
+            key: state.squeeze(0).index_select(0, at).unflatten(0, (-1, width))
+            for key, state in {id(state): state for state in found}.items()
+        }
+        return [apart[id(state)] for state in found]  # one tensor where two taps are one
+
+    def states(self, ids: Tensor, **seen: Any) -> list[Tensor]:
         """As `forward`, from what the model itself takes, unchecked."""
         found = self.model(input_ids=ids, output_hidden_states=True, **seen)
         return [*(found.hidden_states[layer] for layer in self.taps), found.last_hidden_state]
 
-    def _check_ids(self, ids: Tensor, longest: int) -> None:
+    def _check_ids(self, ids: Tensor) -> None:
         """UserError for tokens that this encoder cannot have given, as a log's own may be."""
         low, high = (int(bound) for bound in torch.aminmax(ids))
+        longest = ids.shape[1]
         if low < 0 or high >= self._rows or longest > self._positions:
             raise UserError(
                 f"prompts hold tokens {low} to {high}, up to {longest} of them; the encoder "
@@ -124,7 +135,8 @@ class Encoder(nn.Module):
         return super()._apply(exact, recurse)
 
 
-def _check_length(config: EncoderConfig, positions: int | None) -> None:
+def check_length(config: EncoderConfig, positions: int | None) -> None:
+    """UserError where the longest prompts have more tokens than the encoder has positions."""
     if positions is not None and config.max_tokens > positions:
         raise UserError(
             f"encoder.max_tokens: {config.max_tokens}, but {config.path} has {positions} "

@@ -48,7 +48,7 @@ class EncoderConfig:
     checkpointing: bool = False
     """Compute the layers once more in backward instead of keeping what they need."""
     chunks: int = 4
-    """Calls of the encoder per batch, over rows sorted by length; the same number on all ranks."""
+    """Calls of the encoder per batch, over prompts in order; the same number on all ranks."""
     cache_gb: float = 0.0
     """Memory of a rank for states that phase 2 keeps from one epoch to the next, in 10**9 bytes;
     prompts that find no room are encoded again each time."""

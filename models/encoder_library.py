@@ -14,8 +14,9 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoTokenizer,
     LlamaConfig,
@@ -23,17 +24,19 @@ from transformers import (
     TokenizersBackend,
 )
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 from transformers.utils import logging
 
 from data_shards.errors import UserError
 from models.adapters import generator_for
 from models.encoder_files import EncoderConfig, EncoderFiles
+from models.shared_beginnings import Tree
 
 logging.set_verbosity_error()
 DEFAULT_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 CAUSAL = (LlamaConfig,)
-"""Decoders that take positions, and a mask of which token sees which."""
+"""Decoders that take positions, and hand what they do not know to their attention."""
 SNAPSHOT = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
@@ -94,9 +97,39 @@ def load_tokenizer(files: EncoderFiles) -> TokenizersBackend:
     return tokenizer
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether a token sees those before it alone, in a model that may be told which."""
-    return type(model.config) in CAUSAL and model.config.to_dict().get("is_causal", True)
+def read_ways(model: PreTrainedModel) -> bool:
+    """Have a decoder attend along the ways of a `Tree` where it is given one; whether it is a
+    model in which a token sees those before it alone. It then needs no mask: padding follows."""
+    if type(model.config) not in CAUSAL or not model.config.to_dict().get("is_causal", True):
+        return False
+    model.set_attn_implementation(ALONG_WAYS)
+    return True
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    tree: Tree | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention over q, k, v [n, heads, T, d]; those of a tree [1, heads, N, d] along each
+    prompt's way, of which each token's first result is kept. Gives [n, T, heads, d]."""
+    if tree is None:
+        return sdpa_attention_forward(module, query, key, value, None, **others)
+    at, (m, longest) = tree.way.flatten(), tree.way.shape
+    q, k, v = (
+        x.squeeze(0).transpose(0, 1).index_select(0, at).unflatten(0, (m, longest)).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    found, _ = sdpa_attention_forward(module, q, k, v, None, **others)
+    return found.flatten(0, 1).index_select(0, tree.first).unsqueeze(0), None
+
+
+ALONG_WAYS = "along_ways"
+AttentionInterface.register(ALONG_WAYS, _attend)
 
 
 def add_lora(model: PreTrainedModel, config: EncoderConfig, seed: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_shards.errors import UserError
+from data_shards.schema import Field
 
 
 class Tokens(NamedTuple):
@@ -51,6 +52,30 @@ class Features:
         return ("numbers", self.numbers), ("text", self.text), ("own", self.own)
 
 
+class Seen(NamedTuple):
+    """Numbers that are worth a picture."""
+
+    name: str
+    """What they are, in a title's words"""
+    values: Tensor
+    axes: tuple[str, ...] = ()
+    """What is counted along each axis but that of rows, if a picture tells it"""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method reads of a run; its config says so."""
+
+    text: ClassVar[bool] = False
+    """Rows as vectors of a frozen encoder, by a section [text]."""
+    teacher: ClassVar[bool] = False
+    """Logits of each domain's teacher, where the run has a section [teacher]."""
+
+    def reads(self, field: Field) -> bool:
+        """Whether the shared part looks up this id field in a table."""
+        return True
+
+
 class Method(nn.Module, ABC):
     """A shared part and one adapter per domain.
 
@@ -64,6 +89,8 @@ class Method(nn.Module, ABC):
     """Whether phase 1 trains adapters too, with which phase 2 then begins."""
     own_width: int = 0
     """Floats that an adapter has for each id, in tables of its own; 0: it has no tables."""
+    shows: bool = False
+    """Whether `pictured` has something to show."""
 
     domains: list[str]
     """The domains that have an adapter; a domain's slot is its place in this list."""
@@ -92,6 +119,19 @@ class Method(nn.Module, ABC):
     def freeze_shared(self, keep: bool) -> None:  # noqa: B027  most methods have nothing to do
         """Phase 2 begins: what the shared part makes of a row stays the same from now on, and with
         `keep` it may be remembered: then ranks call modules of it different numbers of times."""
+
+    def diagnose(self) -> str | None:
+        """What is wrong with its weights, in words that a user can act on; a few small sums."""
+        return None
+
+    def pictured(self, features: Features) -> dict[str, Seen]:
+        """What of B rows is worth a picture, by kind: `points` [B, d], where a row lies; `shares`
+        [B, L], what each expert has of a row, 0 for one that is not asked."""
+        return {}
+
+    def pictured_weights(self) -> dict[str, Seen]:
+        """Likewise of the weights: `matrices` [L, m, n], one of each expert of `shares`."""
+        return {}
 
     @abstractmethod
     def shared_parameters(self) -> list[nn.Parameter]:

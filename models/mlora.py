@@ -6,18 +6,18 @@ domain t. The released code differs: one phase, and a bias b_t per domain and la
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from models.adapters import AdapterShape, generator_for
 from models.backbones import BACKBONES, Backbone, BackboneConfig, Inputs
-from models.method import Features, Method, cross_entropy
+from models.method import Features, Method, Needs, cross_entropy
 
 
 @dataclass(frozen=True)
-class MLoRAConfig:
+class MLoRAConfig(Needs):
     """The `[method]` section of a run file."""
 
     name: Literal["mlora"] = "mlora"
@@ -31,7 +31,6 @@ class MLoRAConfig:
     """Of the Gaussian A; 0 takes Glorot's, as the released code does. The paper gives none."""
     layers: tuple[str, ...] = ()
     """Names of the adapted layers; none named: every adaptable layer of the backbone."""
-    reads_tables: ClassVar[bool] = True
 
 
 class MLoRA(Method):
@@ -68,6 +67,9 @@ class MLoRA(Method):
             for name, layer in self._adapted.items()
             for part, tensor in layer.own(slot).items()
         }
+
+    def diagnose(self) -> str | None:
+        return self.backbone.diagnose()
 
     def shared_parameters(self) -> list[nn.Parameter]:
         own = {id(p) for p in self.adapter_parameters()}

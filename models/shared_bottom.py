@@ -19,11 +19,11 @@ from models.backbones import Inputs
 from models.domain_head import Tower
 from models.dropout import dropout
 from models.layers import MLP, flat
-from models.method import Features, Method, cross_entropy
+from models.method import Features, Method, Needs, cross_entropy
 
 
 @dataclass(frozen=True)
-class SharedBottomConfig:
+class SharedBottomConfig(Needs):
     """The `[method]` section of a run file. Defaults: MLoRA's MLP (4.3), cut before its end."""
 
     name: Literal["shared_bottom"] = "shared_bottom"
@@ -31,7 +31,6 @@ class SharedBottomConfig:
     tower: tuple[int, ...] = (64,)
     dropout: float = 0.5
     """After each hidden layer."""
-    reads_tables: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min((len(self.bottom), *self.bottom, *self.tower)) < 1:

@@ -22,7 +22,7 @@ class StateCache:
         return len(self._kept)
 
     def encode(
-        self, encoder: EncoderCall, prompts: Prompts, calls: int, worth: int = 0
+        self, encoder: EncoderCall, prompts: Prompts, calls: int, shares: bool = False
     ) -> tuple[Prompts, list[States]]:
         """The prompts, those not kept yet first, and their states in that order.
 
@@ -32,9 +32,9 @@ class StateCache:
         new = [number for key, number in place.items() if key not in self._kept]
         # taken out before new ones are put in, so that both lists hold
         old = {number: self._kept[key] for key, number in place.items() if key in self._kept}
-        fresh, encoded = arranged(chosen(prompts, new), worth), []
+        fresh, encoded = arranged(chosen(prompts, new), shares), []
         if new:
-            encoded = encode(encoder, fresh, min(calls, len(fresh.lines)))
+            encoded = encode(encoder, fresh, min(calls, len(fresh.ids)))
         keys = _keys(fresh)
         self._keep(keys, fresh.lengths.tolist(), encoded)
         known = [_padded(list(old.values()), prompts)] if old else []

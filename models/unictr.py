@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
+from data_shards.schema import Field
 from models.backbones import Inputs
 from models.distinct import Prompts, States, distinct, take
 from models.domain_head import HeadShape, new_head
 from models.encoder import Encoder, EncoderConfig
-from models.method import Features, Method, Tokens, cross_entropy
+from models.method import Features, Method, Needs, Tokens, cross_entropy
 from models.shared_beginnings import arranged, encode
 from models.state_cache import StateCache
 
 
 @dataclass(frozen=True)
-class UniCTRConfig:
+class UniCTRConfig(Needs):
     """The `[method]` section of a run file."""
 
     name: Literal["unictr"] = "unictr"
@@ -45,8 +46,7 @@ class UniCTRConfig:
     ids: bool = False
     """Whether the tables' vectors join the pooled prompt before each tower."""
 
-    @property
-    def reads_tables(self) -> bool:
+    def reads(self, field: Field) -> bool:
         return self.ids
 
     def __post_init__(self) -> None:
@@ -163,8 +163,8 @@ class UniCTR(Method):
         """The prompts, maybe in another order, and their states in that order."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             if self._keeps:
-                return self.cache.encode(self.encoder, prompts, self.calls, self.encoder.worth)
-            prompts = arranged(prompts, self.encoder.worth)
+                return self.cache.encode(self.encoder, prompts, self.calls, self.encoder.shares)
+            prompts = arranged(prompts, self.encoder.shares)
             return prompts, encode(self.encoder, prompts, self.calls)
 
     def _own(

@@ -55,3 +55,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     write_toy(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file, its shards and their text vectors; see `tests.toy_text`. Read only."""
+    from tests.toy_text import cache_text, write_text_run  # seconds, for transformers
+
+    folder = tmp_path_factory.mktemp("worded")
+    write_text_run(folder)
+    assert cache_text(folder) == 0
+    return folder

@@ -1,5 +1,7 @@
 """Every backbone against its paper's equations, written out for one row at a time in float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,10 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from models import euler
 from models.backbones import BACKBONES, Backbone, BackboneConfig, Inputs
-from tests.toy_method import stir
+from tests.toy_method import stir, without_dropout
 
 EVERY = pytest.mark.parametrize("name", BACKBONES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_logarithms() -> Iterator[None]:
+    """EulerNet without the floor of its moduli, which its equations do not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(euler, "FLOOR", 0.0)
+        yield
 
 
 def _deep(backbone: Backbone, x: Tensor) -> Tensor:
@@ -40,14 +51,36 @@ def _dcn(backbone: Backbone, emb_FD: Tensor, first_F: Tensor, numbers: Tensor) -
     return _out(backbone, torch.cat([x, _deep(backbone, x0)]))
 
 
-EQUATIONS = {"mlp": _mlp, "deepfm": _deepfm, "dcn": _dcn}
+def _eulernet(backbone: Backbone, emb_FD: Tensor, first_F: Tensor, numbers: Tensor) -> Tensor:
+    """In complex numbers, whose own power has the principal phase."""
+    parts = backbone.get_parameter
+    of_numbers = (
+        [x * unit for x, unit in zip(numbers, parts("unit"), strict=True)] if len(numbers) else []
+    )
+    phase = torch.stack([*emb_FD, *of_numbers])
+    z_FD = parts("mu").unsqueeze(1) * torch.exp(1j * phase)
+    for i in range(2):
+        layer = f"layers.{i}."
+        bias = torch.complex(parts(layer + "log_bias"), parts(layer + "phase_bias")).T
+        explicit = torch.stack(
+            [(z_FD ** order.unsqueeze(1)).prod(0) for order in parts(layer + "orders").T]
+        )
+        weight, b = parts(layer + "implicit.linear.weight"), parts(layer + "implicit.linear.bias")
+        flat = z_FD.T.flatten()
+        implicit = torch.complex(*(F.relu(weight @ part + b) for part in (flat.real, flat.imag)))
+        z_FD = explicit * torch.exp(bias) + implicit.view_as(bias.T).T
+    flat = z_FD.T.flatten()
+    return _out(backbone, flat.real) + _out(backbone, flat.imag)
+
+
+EQUATIONS = {"mlp": _mlp, "deepfm": _deepfm, "dcn": _dcn, "eulernet": _eulernet}
 
 sizes = st.builds(Inputs, st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
 hidden = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
 
 
 def _backbone(name: str, inputs: Inputs, hidden: tuple[int, ...], cross: int = 2) -> Backbone:
-    backbone = BACKBONES[name](inputs, BackboneConfig(name, hidden, 0.0, cross)).double()
+    backbone = BACKBONES[name](inputs, without_dropout(name, hidden, cross)).double()
     stir((p.data for p in backbone.parameters()), name)
     return backbone
 

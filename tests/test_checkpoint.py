@@ -15,9 +15,9 @@ from tests.gang import gang
 from tests.toy_run import here, refused, toy_config
 from trainer import checkpoint
 from trainer.adapter_store import Adapter
-from trainer.model import new_trunk
 from trainer.run_folder import RunFolder
 from trainer.schedule import save_adapter
+from trainer.trunk import new_trunk
 
 pytestmark = pytest.mark.dist
 

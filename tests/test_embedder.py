@@ -31,7 +31,8 @@ def _trunk() -> ShardedTables:
 
 def _extension(own: list[list[int]], sharding: str = "table_wise") -> Extension:
     rows, plan = Extension.table_rows(list(TRUNK), own), config(sharding)
-    return Extension(ShardedTables(extension_tables(rows, plan, WIDTH), plan, CPU, 5), own)
+    tables = ShardedTables(extension_tables(rows, plan, WIDTH), plan, CPU, 5)
+    return Extension(tables, own, list(TRUNK.values()))
 
 
 def _filled(own: list[list[int]], sharding: str = "table_wise") -> Extension:

@@ -23,6 +23,8 @@ DOORS = {
     "huggingface_hub": "models/encoder_library.py",
     "peft": "models/encoder_library.py",
     "wandb": "trainer/log.py",
+    "matplotlib": "trainer/pictures.py",
+    "sklearn": "trainer/pictures.py",
     "webdataset": None,
 }
 # Whatever runs code that lies in a file.

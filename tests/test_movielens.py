@@ -3,6 +3,7 @@
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,8 +18,8 @@ from data_shards.writer import write_shards
 SCHEMA = Schema((Field("user", "id"), Field("movie", "id"), Field("genres", "id", multi=True)))
 
 
-def _rows(path: Path, **options: str) -> pa.Table:
-    config = MovieLensConfig(path=str(path), **options)  # pyright: ignore[reportArgumentType]
+def _rows(path: Path, **options: Any) -> pa.Table:
+    config = MovieLensConfig(path=str(path), **options)
     return pa.concat_tables(list(MovieLens(config).read(0, Counter())))
 
 
@@ -97,6 +98,14 @@ def test_an_unpacked_folder_reads_alike(folder: Path) -> None:
     assert _rows(folder, label="drop_three")["row_id"].to_pylist() == [0, 2]
 
 
+def test_all_users_are_one_domain_and_codes_can_be_words(folder: Path) -> None:
+    rows = _rows(folder, domains="all", words=True)
+    assert rows["domain"].to_pylist() == ["movielens"] * 3
+    told = rows.select(["gender", "age", "occupation"]).to_pylist()
+    assert list(told[0].values()) == ["female", "under 18", "k 12 student"]
+    assert list(told[1].values()) == ["male", "56 or more", "self employed"]
+
+
 @pytest.mark.parametrize(
     ("file", "line", "text", "expected"),
     [
@@ -162,7 +171,7 @@ def test_another_zip_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_choices_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="domains are gender, age, age3 or occupation, not 'zip'"):
+    with pytest.raises(UserError, match="domains are gender, age, occupation, age3, all, not"):
         _rows(folder, domains="zip")
     with pytest.raises(UserError, match="label is five_stars or drop_three, not 'four_stars'"):
         _rows(folder, label="four_stars")

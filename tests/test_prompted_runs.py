@@ -27,9 +27,9 @@ from tests.toy_prompts import LOG_FIELDS, PROMPT, rows_of, toy_history
 from tests.toy_run import here
 from trainer import config as run_files
 from trainer import serving
-from trainer.model import new_trunk
 from trainer.prompting import prompter_of, require_same_prompts
 from trainer.run_folder import RunFolder
+from trainer.trunk import new_trunk
 
 LOG = "".join(f"u{n % 7},i{n % 11},{int(n % 3 > 0)},{n}\n" for n in range(60))
 ITEMS = "".join(f"i{n},{n} red guitar\n" for n in range(11))

@@ -1,7 +1,5 @@
 """Beginnings that prompts share: encoded once, and nobody can tell."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from models.distinct import Prompts, distinct
 from models.encoder import Encoder, EncoderConfig
-from models.shared_beginnings import LONGEST, arranged, encode
+from models.shared_beginnings import arranged, encode, tree
 from models.unictr import UniCTR
 from tests.toy_encoder import FAMILIES, VOCABULARY, write_encoder
 from tests.toy_method import ABC, stir
@@ -29,7 +27,7 @@ from tests.toy_unictr import (
 )
 
 Text = tuple[int, ...]
-MANY = st.integers(1, 5)  # attentions that a token is worth, few enough to be outweighed
+MANY = st.integers(1, 5)
 TOKENS = st.integers(0, 3)  # few, so that much is shared
 TEXTS = st.lists(
     st.one_of(
@@ -58,10 +56,6 @@ def encoder(config: EncoderConfig) -> Encoder:
     return encoder
 
 
-def _prompts(texts: Sequence[Text], worth: int) -> Prompts:
-    return arranged(distinct(tokens_of(texts)), worth)
-
-
 def _of_row(encoder: Encoder, prompts: Prompts, row: int, calls: int) -> Tensor:
     """[T, states, D]."""
     rows = [one for c in encode(encoder, prompts, calls) for one in torch.stack(c.states, 2)]
@@ -69,15 +63,16 @@ def _of_row(encoder: Encoder, prompts: Prompts, row: int, calls: int) -> Tensor:
     return rows[len(rows) - len(prompts.ids) + place][: int(prompts.lengths[place])]
 
 
-@settings(max_examples=20)
-@given(texts=TEXTS, worth=st.sampled_from([3, 160, 10**6]), calls=MANY, data=st.data())
+@settings(max_examples=12)
+@given(texts=TEXTS, calls=MANY, data=st.data())
 def test_states_and_gradients_are_those_of_each_prompt_alone(
-    encoder: Encoder, texts: list[Text], worth: int, calls: int, data: st.DataObject
+    encoder: Encoder, texts: list[Text], calls: int, data: st.DataObject
 ) -> None:
     row = data.draw(st.integers(0, len(texts) - 1))
     ids = torch.tensor([texts[row] or (0,)])
-    alone = torch.stack(encoder(ids, torch.ones_like(ids, dtype=torch.bool)), 3)[0].mT
-    found = _of_row(encoder, _prompts(texts, worth), row, calls)
+    seen = torch.ones_like(ids)
+    alone = torch.stack(encoder.states(ids, attention_mask=seen), 3)[0].mT  # no tree at all
+    found = _of_row(encoder, arranged(distinct(tokens_of(texts)), True), row, calls)
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
     scale = torch.randn(found.shape, generator=torch.Generator().manual_seed(row))
     lora = encoder.lora_parameters()
@@ -85,56 +80,29 @@ def test_states_and_gradients_are_those_of_each_prompt_alone(
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
-class Reader:
-    """Stands for an encoder; keeps the shape of what it reads."""
+@given(texts=TEXTS, calls=MANY)
+def test_ranks_make_as_many_calls_whatever_is_shared(texts: list[Text], calls: int) -> None:
+    read: list[int] = []
 
-    def __init__(self) -> None:
-        self.read: list[tuple[int, int]] = []
-
-    def __call__(self, ids: Tensor, mask: Tensor, depth: Tensor | None = None) -> list[Tensor]:
-        assert mask.any(-1).all(), "a token that sees nothing"
-        self.read.append((len(ids), ids.shape[1]))
+    def reader(ids: Tensor, mask: Tensor) -> list[Tensor]:
+        read.append(len(ids))
         return [torch.zeros(*ids.shape, 1)]
 
-
-def _read(texts: Sequence[Text], worth: int, calls: int) -> list[tuple[int, int]]:
-    reader = Reader()
-    encode(reader, _prompts(texts, worth), calls)
-    return reader.read
+    prompts = arranged(distinct(tokens_of(texts)), True)
+    encode(reader, prompts, calls)
+    assert len(read) == calls and sum(read) == max(calls, len(prompts.ids))
 
 
-@settings(max_examples=60)
-@given(texts=TEXTS, worth=st.sampled_from([3, 160, 10**6]), calls=MANY)
-def test_ranks_make_as_many_calls_whatever_is_shared(
-    texts: list[Text], worth: int, calls: int
-) -> None:
-    plain, shared = _read(texts, 0, calls), _read(texts, worth, calls)
-    assert len(plain) == len(shared) == calls
-    if calls == 1:
-        assert math.prod(*shared) <= math.prod(*plain)
-
-
-def test_what_many_prompts_share_is_read_once() -> None:
-    """Users with fourteen, two and two items; the two small trees stand in one line."""
-    users = [((user, *range(19)), items) for user, items in ((30, 14), (31, 2), (32, 2))]
-    texts = [(*user, 40 + item, 41) for user, items in users for item in range(items)]
-    assert _read(texts, 0, 1) == [(18, 22)]
-    assert _read(texts, 160, 1) == [(2, 48)]
-    assert _read(texts, 160, 4) == [(1, 22), (1, 22), (1, 48), (1, 48)]
-
-
-@given(st.integers(1, 200), st.integers(1, 60))
-def test_beginnings_are_shared_where_that_costs_less(size: int, same: int) -> None:
-    """Two prompts: the tokens that they share against the attention that the mask throws away."""
-    texts = [(0,) * same + (number,) * size for number in (1, 2)]
-    joined = 2 * (same + size) * size < 160 * same
-    assert len(_prompts(texts, 160).lines) == (1 if joined else 2)
-
-
-def test_a_line_is_no_longer_than_its_bound() -> None:
-    texts = [(1,) * 40 + (item // 50, item % 50) for item in range(1200)]
-    lines, longest = zip(*_read(texts, 10**9, 2), strict=True)
-    assert lines == (1, 1) and LONGEST - 2 <= max(longest) <= LONGEST
+@given(texts=TEXTS)
+def test_a_tree_holds_each_beginning_once(texts: list[Text]) -> None:
+    prompts = arranged(distinct(tokens_of(texts)), True)
+    alike = tree(prompts.ids, prompts.lengths)
+    ways = [text or (0,) for text in texts]
+    assert alike.ids.numel() == len({way[: n + 1] for way in ways for n in range(len(way))})
+    for way, row in zip(ways, alike.way[prompts.of_row], strict=True):
+        assert tuple(alike.ids[0, row[: len(way)]].tolist()) == way
+        assert alike.depth[0, row[: len(way)]].tolist() == [*range(len(way))]
+    assert alike.way.flatten()[alike.first].tolist() == [*range(alike.ids.numel())]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,15 +113,15 @@ def test_beginnings_are_shared_where_later_tokens_change_nothing(
     encoder = Encoder(EncoderConfig(str(folder), max_tokens=48), seed=0).eval()
     ids = torch.arange(10).expand(2, 10).clone()
     ids[1, -1] = VOCABULARY - 1
-    states = encoder(ids, torch.ones_like(ids, dtype=torch.bool))[-1][:, :-1]
-    assert (encoder.worth > 0) == torch.equal(*states)
+    states = encoder.states(ids, attention_mask=torch.ones_like(ids))[-1][:, :-1]
+    assert encoder.shares == (family == "llama") == torch.equal(*states)
 
 
 def test_a_llama_that_looks_both_ways_shares_nothing(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path, "llama")
     path = folder / "config.json"
     path.write_text(path.read_text().replace("{", '{"is_causal": false,', 1))
-    assert Encoder(EncoderConfig(str(folder), max_tokens=48), seed=0).worth == 0
+    assert Encoder(EncoderConfig(str(folder), max_tokens=48), seed=0).shares is False
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["encoded", "kept"])
@@ -181,7 +149,7 @@ def test_checkpointing_and_sharing_give_the_gradients_of_neither(config: Encoder
     found = []
     for checkpointing, share in ((False, False), (True, True)):
         method = trained(replace(config, checkpointing=checkpointing), PLAIN, ABC).train()
-        method.encoder.worth *= share
+        method.encoder.shares = share
         label, weight = labels_of(len(rows))
         loss = method.loss(method(features_of(rows)), label, weight, len(rows))
         found.append(gradients(method, loss))

@@ -13,7 +13,8 @@ from tests.gang import gang
 from tests.toy_run import SCHEMA, SIZES, here, planted_rows, toy_config
 from trainer.engine import Engine
 from trainer.fit import Trainee
-from trainer.model import empty_trunk, new_trunk, trunk_alone
+from trainer.model import trunk_alone
+from trainer.trunk import empty_trunk, new_trunk
 
 pytestmark = pytest.mark.dist
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,44 @@ def _alone(index: Index, block: Block, data: bytes, folder: Path) -> tuple[Shard
     return ShardReader(folder, index), block
 
 
+def _with_null(table: pa.Table, name: str) -> pa.Table:
+    place, column = table.column_names.index(name), table[name].to_pylist()
+    column[1] = [3, None] if name == "tags" else None
+    return table.set_column(place, name, pa.array(column, table.schema.field(name).type))
+
+
+@pytest.mark.parametrize("name", ["user", "price", "label", "row_id", "tags"])
+def test_a_null_is_no_number(reader: ShardReader, tmp_path: Path, name: str) -> None:
+    block = reader.index.blocks[0]
+    data = _stream(_with_null(reader.read(block), name))
+    other, block = _alone(reader.index, block, data, tmp_path)
+    for read in (other.read, other.stored):
+        with pytest.raises(UserError, match=f"its column '{name}' holds a null"):
+            read(block)
+
+
+def test_a_column_that_stands_twice_is_refused(reader: ShardReader, tmp_path: Path) -> None:
+    block = reader.index.blocks[0]
+    table = reader.read(block)
+    data = _stream(table.append_column("label", pa.array(1 - table["label"].to_numpy())))
+    other, block = _alone(reader.index, block, data, tmp_path)
+    with pytest.raises(UserError, match="its columns are .*label, not row_id"):
+        other.stored(block)
+
+
+def test_the_other_byte_order_is_left_to_arrow(reader: ShardReader, tmp_path: Path) -> None:
+    """Which turns the numbers round, and refuses the lists, whose offsets were right before."""
+    block = reader.index.blocks[0]
+    data = reader.fetch(block)
+    place = data.index(struct.pack("<4h", 8, 8, 0, 4)) + 4  # of the schema's byte order: left out
+    one = data.index(b"\1\0", place + 100)
+    data = data[:place] + struct.pack("<h", one - place - 4) + data[place + 2 :]
+    assert Layouts(COLUMNS).find(data, block.rows) is None
+    other, block = _alone(reader.index, block, data, tmp_path)
+    with pytest.raises(UserError, match="restore"):
+        other.stored(block)
+
+
 @pytest.mark.parametrize("bad", [[1 << 20], [-1, 2]])
 def test_lists_that_leave_their_block_are_refused(
     reader: ShardReader, tmp_path: Path, bad: list[int]
@@ -142,17 +181,35 @@ def test_whatever_the_bytes_nothing_outside_of_them_is_read(
     data = damage(data[:cut]) + data[cut:]
     layouts = Layouts(COLUMNS)
     found = layouts.find(data, block.rows)
-    if found is None:
-        return
-    low = pa.py_buffer(found.owner).address
+    if found is not None:
+        _require_inside(found, block.rows)
+
+
+def _require_inside(found: Stored, rows: int) -> None:
+    data = pa.py_buffer(found.owner)
+    low, high = data.address, data.address + data.size
     for column, first, offsets in zip(COLUMNS, found.values, found.offsets, strict=True):
-        kind, count = column.type, block.rows
+        kind, count = column.type, rows
         if pa.types.is_list(kind):
-            assert low <= offsets <= low + len(data) - 4 * (count + 1)
+            assert low <= offsets <= high - 4 * (count + 1)
             ends = _numbers(offsets, count + 1, pa.int32())
             assert ends[0] >= 0 and (np.diff(ends) >= 0).all()
             kind, count = kind.value_type, int(ends[-1])
-        assert low <= first <= low + len(data) - count * kind.bit_width // 8
+        assert low <= first <= high - count * kind.bit_width // 8
+
+
+@pytest.mark.parametrize("length", [-(1 << 31), -(1 << 26), -8])
+def test_no_rows_lie_before_their_block(reader: ShardReader, length: int) -> None:
+    """A message of less than no bytes, and rows that fill all from there to the block's end."""
+    block = reader.index.blocks[0]
+    data = reader.fetch(block)
+    at = data.index(b"\xff" * 4, 8)
+    size = len(data) - 8 - at - 8 - struct.unpack_from("<i", data, at + 4)[0]
+    place = data.index(struct.pack("<q", size))
+    damaged = bytearray(data)
+    struct.pack_into("<i", damaged, at + 4, length)
+    struct.pack_into("<q", damaged, place, len(data) - at - 8 - length)
+    assert Layouts(COLUMNS).find(bytes(damaged), block.rows) is None
 
 
 def test_bytes_that_are_no_block(reader: ShardReader) -> None:

@@ -31,8 +31,8 @@ from tests.toy_unictr_run import (
 from trainer import pretrain
 from trainer.adapt import adapt, rows_of
 from trainer.log import RunLog
-from trainer.model import new_method, new_trunk
 from trainer.run_folder import RunFolder
+from trainer.trunk import new_method, new_trunk
 
 pytestmark = pytest.mark.dist
 

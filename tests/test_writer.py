@@ -242,6 +242,10 @@ def _edit(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _of_rows(block: list, rows: int) -> list:
+    return [*block[:4], rows, *block[5:]]
+
+
 def test_a_damaged_index_is_named(copy: Path) -> None:
     path = copy / "index.json"
     whole = path.read_text()
@@ -255,6 +259,8 @@ def test_a_damaged_index_is_named(copy: Path) -> None:
             {"blocks": [[*content["blocks"][0][:2], "x", *content["blocks"][0][3:]]]},
             "offset is 'x'",
         ),
+        ({"blocks": [_of_rows(content["blocks"][0], -1)]}, "-1 rows in the"),
+        ({"blocks": [_of_rows(content["blocks"][0], 1 << 40)]}, "1099511627776 rows in the"),
         ({"vocabulary": None}, "not a valid index"),
     ]
     for changes, message in cases:

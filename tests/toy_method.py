@@ -23,10 +23,17 @@ def fresh(
 ) -> MLoRA:
     """A method as a run begins with it, without dropout, in eval mode."""
     torch.manual_seed(7)
-    method = MLoRA(INPUTS, BackboneConfig(backbone, hidden, dropout=0.0, cross_layers=2), config)
+    method = MLoRA(INPUTS, without_dropout(backbone, hidden), config)
     for domain in domains:
         method.add_domain(domain, seed=3)
     return method.eval()
+
+
+def without_dropout(name: str, hidden: tuple[int, ...], cross: int = 2) -> BackboneConfig:
+    """A backbone with two layers of Euler and cross interactions."""
+    return BackboneConfig(
+        name, hidden, 0.0, cross, orders=(4, 3), explicit_dropout=0.0, implicit_dropout=0.0
+    )
 
 
 def trained(

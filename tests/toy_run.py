@@ -53,7 +53,7 @@ RUN = {
     "method": {"name": "mlora", "alpha": 4},
     "pretrain": {"lr": 0.01, "max_epochs": 2},
     "adapt": {"rows": ["adapt"], "lr": 0.02, "max_epochs": 4, "min_rows": 20},
-    "tracking": {"wandb": "disabled"},
+    "tracking": {"wandb": "disabled", "pictures": False},
 }
 
 

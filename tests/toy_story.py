@@ -30,8 +30,10 @@ from trainer import schedule
 from trainer.config import RunConfig
 from trainer.evaluate import Predictions, evaluate, predict
 from trainer.metrics import Scores
-from trainer.model import Trunk, renumbered, trunk_alone, with_adapters
+from trainer.model import trunk_alone, with_adapters
+from trainer.own_rows import renumbered
 from trainer.run_folder import RunFolder
+from trainer.trunk import Trunk
 
 RUN = ("tables.weight_decay=0.001", "adapt.weight_decay=0.001", "engine.zero_stage=2")
 LATER = planted_rows(SIZES | {"games": 700}, seed=5)
@@ -140,9 +142,7 @@ def live(toy: Path, sets: Path, output: Path) -> Story:
 def _evaluate_diverged(config: RunConfig, folder: RunFolder) -> Scores:
     trunk = folder.load_trunk(config, here())
     model = replace(trunk_alone(trunk), dense=lambda rows: rows.slot[:, None] * torch.nan)
-    return evaluate(
-        model, schedule._loader(trunk, Path(config.data.shards), ("test",), None), here()
-    )
+    return evaluate(model, trunk.loader(Path(config.data.shards), ("test",)), here())
 
 
 def logits(config: RunConfig, shards: list[Path]) -> Predictions | None:

@@ -59,7 +59,7 @@ RUN = {
     "pretrain": {"lr": 0.003, "max_epochs": 2},
     "adapt": {"lr": 0.003, "max_epochs": 1, "min_rows": 20},
     "engine": {"optimizer": "adamw"},
-    "tracking": {"wandb": "disabled"},
+    "tracking": {"wandb": "disabled", "pictures": False},
     "keep_checkpoints": 9,
 }
 STORY = (
@@ -101,7 +101,7 @@ def planted_rows(sizes: dict[str, int], seed: int = 0) -> pa.Table:
 def write_toy(folder: Path, sizes: dict[str, int], added: dict[str, int]) -> pa.Table:
     """`encoder`, `run.toml`, `shards` of all domains but the added ones, and `added` of those;
     returns the raw rows of both."""
-    _write_encoder(folder / "encoder")
+    write_small_encoder(folder / "encoder")
     data = {
         "shards": str(folder / "shards"),
         "source": {"kind": "planted"},  # not read: the shards are there
@@ -135,7 +135,7 @@ def write_toy(folder: Path, sizes: dict[str, int], added: dict[str, int]) -> pa.
     return rows
 
 
-def _write_encoder(folder: Path) -> None:
+def write_small_encoder(folder: Path) -> None:
     """Of two layers, for under ZeRO 3 each layer costs every step a tenth of a second."""
     torch.manual_seed(0)
     shape = BertConfig(

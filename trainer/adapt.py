@@ -8,25 +8,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data_shards import Loader, Location, Rows, UserError
-from embeddings import Extension
+from data_shards import Loader, Location, UserError
 from trainer.adapter_store import Adapter
-from trainer.config import AdaptConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.evaluate import evaluate
 from trainer.fit import Position, fit, trainee_of
 from trainer.log import RunLog
-from trainer.model import (
-    OWN_ROWS,
-    Model,
-    Trunk,
-    adapter_tensors,
-    add_domain,
-    new_extension,
-    trunk_alone,
-)
+from trainer.model import Model, adapter_tensors, add_domain, trunk_alone
+from trainer.own_rows import Own, new_own
+from trainer.phases import AdaptConfig
 from trainer.ranks import Ranks
+from trainer.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -44,20 +37,15 @@ class DomainRows:
 
 def rows_of(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
     """Open one domain's rows, or say why it cannot have an adapter."""
-    config, ranks = trunk.config.adapt, trunk.ranks
-
-    def loader(splits: tuple[str, ...], shuffle: bool) -> Loader:
-        reading = trunk.config.reading
-        return Loader(shards, Rows(splits, (domain,)), reading, ranks.rank, ranks.world, shuffle)
-
-    train, valid = loader(config.rows, True), loader(config.validate, False)
-    trunk.check(train)
+    config = trunk.config.adapt
+    train = trunk.loader(shards, config.rows, (domain,), shuffle=True)
+    valid = trunk.loader(shards, config.validate, (domain,))
     _require_enough(train, domain, config)
     index = train.indexes[0]
     vocabulary = index.load_vocabulary(shards)
     added = {
         key: tuple(vocabulary.added(key).to_pylist())
-        for key in trunk.tables.keys
+        for key in trunk.rows
         if len(vocabulary.added(key))
     }
     return DomainRows(domain, train, valid, added, index.fingerprint)
@@ -76,15 +64,18 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
     # ZeRO 3 gathers a module's weights on all ranks at each call
     method.freeze_shared(keep=config.encoder.cache_gb > 0 and config.engine.zero_stage < 3)
     begun = add_domain(trunk, method, rows.domain)
-    extension = _extension(trunk, rows, phase)
-    trainee = trainee_of(trunk, method, method.adapter_parameters(), phase, extension)
+    words = rows.vocabulary if phase.own_ids else {}
+    own = new_own(trunk, method.own_width, [words])
+    for tables in own.parts():
+        tables.set_lr(phase.own_ids_lr)
+    trainee = trainee_of(trunk, method, method.adapter_parameters(), phase, own)
     model, engine = trainee.model, trainee.engine
     position = Position(EarlyStopping(phase.metric, phase.patience))
     position.stopping.update(base.metric(phase.metric), 0)
     engine.train(False)  # fit switches dropout on again
     better = begun and position.stopping.update(_value(model, rows.valid, ranks, phase), 0)
     position.stopping.without_best = 0  # patience is for what phase 2 learns
-    best = _Best(engine, extension)
+    best = _Best(engine, own, words)
     fit(
         trainee,
         rows.train,
@@ -110,8 +101,11 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
             "steps": position.steps,
         },
         kept=kept,
-        tensors=_tensors(trunk, rows, best),
-        vocabulary=rows.vocabulary if extension is not None else {},
+        tensors={
+            **adapter_tensors(trunk, (rows.domain,), best.parameters)[rows.domain],
+            **best.own_tensors,
+        },
+        vocabulary=words,
     )
 
 
@@ -123,34 +117,16 @@ def _value(model: Model, valid: Loader, ranks: Ranks, phase: AdaptConfig) -> flo
 class _Best:
     """The adapter's tensors at the best evaluation, before the first one as it began."""
 
-    def __init__(self, engine: Engine, extension: Extension | None) -> None:
-        self._engine, self._extension = engine, extension
+    def __init__(self, engine: Engine, own: Own, words: dict[str, tuple[str, ...]]) -> None:
+        self._engine, self._own, self._words = engine, own, words
         self.parameters: dict[str, Tensor] = {}
-        self.own_rows: dict[str, Tensor] = {}
+        self.own_tensors: dict[str, Tensor] = {}
         self.save(True)
 
     def save(self, best: bool) -> None:
         if best:
             self.parameters = self._engine.parameters()
-            if self._extension is not None:
-                self.own_rows = self._extension.tables.whole()
-
-
-def _extension(trunk: Trunk, rows: DomainRows, phase: AdaptConfig) -> Extension | None:
-    if not (phase.own_ids and rows.vocabulary):
-        return None
-    extension = new_extension(
-        trunk, [[len(rows.vocabulary.get(key, ())) for key in trunk.tables.keys]]
-    )
-    extension.tables.set_lr(phase.own_ids_lr)
-    return extension
-
-
-def _tensors(trunk: Trunk, rows: DomainRows, best: _Best) -> dict[str, Tensor]:
-    """The adapter's own tensors: low-rank matrices, and rows for its own ids."""
-    dense = adapter_tensors(trunk, (rows.domain,), best.parameters)[rows.domain]
-    own = {OWN_ROWS + key: best.own_rows[key] for key in rows.vocabulary if key in best.own_rows}
-    return {**dense, **own}
+            self.own_tensors = self._own.tensors(self._words)
 
 
 def _require_enough(train: Loader, domain: str, config: AdaptConfig) -> None:

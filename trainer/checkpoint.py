@@ -90,6 +90,12 @@ def load(folder: Path, ranks: Ranks, tables: ShardedTables, *, optimizer: bool =
     return Snapshot(tensors, values)
 
 
+def dense(folder: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors beside the tables. Collective; verifies every file first."""
+    _verified(folder, ranks)
+    return safetensors.torch.load_file(folder / "dense.safetensors")
+
+
 def mark_latest(root: Path, name: str, ranks: Ranks, keep: int, best: str) -> None:
     """Point `latest` at a checkpoint; of the others keep the newest `keep` and the best."""
 

@@ -15,11 +15,12 @@ from data_shards import Field, Reading, Schema, SourceConfig, SplitConfig, UserE
 from data_shards.errors import unknown
 from data_shards.prompted import PromptedConfig
 from data_shards.sources import TableConfig
+from data_shards.text_parts import TextConfig
 from embeddings import TablesConfig
 from models import EncoderConfig, MethodConfig, MLoRAConfig
 from models.backbones import BackboneConfig
 from trainer.engine import EngineConfig
-from trainer.metrics import METRICS
+from trainer.phases import AdaptConfig, PretrainConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -74,57 +75,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PhaseConfig:
-    """`[pretrain]`: one phase's rows, its validation rows, and when it ends."""
-
-    rows: tuple[str, ...] = ("train",)
-    """Splits whose rows are trained on."""
-    validate: tuple[str, ...] = ("valid",)
-    """Splits whose rows decide when to stop."""
-    lr: float = 1e-3
-    """Of the dense part; tables have their own (`[tables]`)."""
-    weight_decay: float = 0.0
-    metric: str = "mean_auc"
-    """mean_auc, wauc, auc, log_loss or auc/<domain>, on the validation rows."""
-    patience: int = 5
-    """Evaluations without a new best before the phase ends (MLoRA 4.3)."""
-    max_epochs: int = 100
-    evaluate_every: int = 0
-    """Steps between evaluations; 0: once an epoch."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: at each evaluation."""
-
-    def __post_init__(self) -> None:
-        if self.metric not in METRICS and not self.metric.startswith("auc/"):
-            raise unknown("metric", self.metric, (*METRICS, "auc/<domain>"))
-        if self.patience < 1:
-            raise UserError(f"patience is 1 or more, not {self.patience}")
-
-
-@dataclass(frozen=True)
-class PretrainConfig(PhaseConfig):
-    one_phase: bool = False
-    """Train the adapters of all domains with the shared part, as MLoRA's released code does."""
-
-
-@dataclass(frozen=True)
-class AdaptConfig(PhaseConfig):
-    """`[adapt]`: the second phase, for each domain on its own rows alone."""
-
-    metric: str = "auc"
-    own_ids: bool = False
-    """Rows of its own for ids that only an added domain has; off in the papers."""
-    own_ids_lr: float = 1e-3
-    min_rows: int = 100
-    """A domain with fewer training rows gets no adapter."""
-
-
-@dataclass(frozen=True)
 class TrackingConfig:
     """`[tracking]`: wandb, beside the metrics file that is always written."""
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "banyan"
+    pictures: bool = True
+    """Whether a run ends with pictures of what it learned, in its folder and in wandb."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +106,12 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    text: TextConfig | None = None
+    """`[text]`: prompts as vectors of a frozen encoder, for methods that read them."""
+    teacher: TeacherConfig | None = None
+    start_from: str = ""
+    """A finished run's folder, whose dense shared part is the one that this run begins with. Tables
+    are not taken: other rows have other ids."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     keep_checkpoints: int = 2
 
@@ -165,6 +128,12 @@ class RunConfig:
                 "encoder.cache_gb: with engine.zero_stage = 3 all ranks must call the encoder "
                 "equally often, so nothing can be kept; set cache_gb to 0, or zero_stage to 2"
             )
+        self._require_what_the_method_reads()
+        if "pretrain" not in self.phases and not self.start_from:
+            raise UserError(
+                "phases: without pretrain there is no shared part; add it, or name a finished run "
+                "in start_from"
+            )
         tables = [field.name for field in self.data.schema.ids]
         for table in self.tables.pinned:
             if table not in tables:
@@ -174,6 +143,8 @@ class RunConfig:
             ("pretrain.validate", self.pretrain.validate),
             ("adapt.rows", self.adapt.rows),
             ("adapt.validate", self.adapt.validate),
+            ("teacher.rows", self.teacher.rows if self.teacher else ()),
+            ("teacher.validate", self.teacher.validate if self.teacher else ()),
             ("test", self.test),
         ):
             for split in splits:
@@ -186,6 +157,28 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
+
+    def _require_what_the_method_reads(self) -> None:
+        method = self.method
+        if (self.text is not None) != method.text:
+            there, way = ("none", "add one") if method.text else ("one", "leave it out")
+            raise UserError(
+                f"text: method {method.name} reads {'' if method.text else 'no '}text vectors, and "
+                f"there is {there} of section [text]; {way}"
+            )
+        if self.text and not self.encoder.path:
+            raise UserError(
+                "encoder.path: none given, and [text] needs an encoder; give the folder or the hub "
+                "id of one"
+            )
+        if self.teacher and not method.teacher:
+            raise UserError(
+                f"teacher: method {method.name} learns from no teacher; leave the section out"
+            )
+        if method.text and self.pretrain.one_phase:
+            raise UserError(
+                f"pretrain.one_phase: method {method.name} has two phases; leave it out"
+            )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -88,6 +88,8 @@ class Engine:
             },
         )[0]
         self._stage = config.zero_stage
+        self.whole = config.zero_stage < 3
+        """Whether each rank holds its parameters whole between steps"""
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
     def __call__(self, features: Features) -> Tensor:

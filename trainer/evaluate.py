@@ -42,7 +42,7 @@ def predict(model: Model, loader: Loader, ranks: Ranks, what: str = "") -> Predi
         logit = model.logits(moved, slots, loader.extended)
         parts.append((moved.row_id, moved.domain, moved.label, logit.float()))
         progress.add(batch.rows)
-    columns = [_gathered(torch.cat(column), ranks) for column in zip(*parts, strict=True)]
+    columns = [gathered(torch.cat(column), ranks) for column in zip(*parts, strict=True)]
     if not ranks.first:
         return None
     row_id, domain, label, logit = columns
@@ -59,7 +59,7 @@ def evaluate(model: Model, loader: Loader, ranks: Ranks, what: str = "") -> Scor
     return scores
 
 
-def _gathered(mine: torch.Tensor, ranks: Ranks) -> np.ndarray:
+def gathered(mine: torch.Tensor, ranks: Ranks) -> np.ndarray:
     """All ranks' values on the first rank; every rank has equally many."""
     if ranks.world == 1:
         return mine.cpu().numpy()

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from data_shards import Batch, Cursor, Loader, UserError
-from embeddings import Embedder, Extension
 from models import Method
-from trainer.config import PhaseConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.log import Progress, RunLog
 from trainer.metrics import Scores
-from trainer.model import Model, Sent, Trunk
+from trainer.model import Model, Sent
+from trainer.own_rows import Own, embedder_of
+from trainer.phases import PhaseConfig
 from trainer.ranks import Ranks
+from trainer.trunk import Trunk
 
 LOSS_EVERY = 50  # steps between looks at the loss: each look is one small all-reduce
 
@@ -84,10 +85,14 @@ class Trainee:
         logit = self.model.outputs(sent)
         loss = self.method.loss(logit, batch.label, batch.weight, batch.rows)
         if following is not None:
-            following.announced()
+            following.ids.announced()
         # Engine and tables both average gradients over ranks; the loss is a sum over them.
         self.engine.step(loss * self.ranks.world)
         return loss.detach()
+
+    def diagnose(self) -> str | None:
+        """As `Method.diagnose`; under ZeRO 3 the weights are not at hand."""
+        return self.method.diagnose() if self.engine.whole else None
 
 
 def trainee_of(
@@ -95,15 +100,16 @@ def trainee_of(
     method: Method,
     trained: Sequence[nn.Parameter],
     phase: PhaseConfig,
-    extension: Extension | None = None,
+    own: Own | None = None,
 ) -> Trainee:
-    """`method` on the trunk's tables, under an engine that trains these of its parameters."""
+    """`method` on the trunk's tables, under an engine that trains these of its parameters; `own`
+    rows of its domains train with them."""
     config, ranks = trunk.config, trunk.ranks
     rows = config.reading.global_batch // ranks.world
     engine = Engine(method, trained, config.engine, phase.lr, phase.weight_decay, rows)
     agree = ranks.agree if method.modules_per_domain else None
-    embedder = Embedder(trunk.tables, trunk.rows, extension)
-    model = Model(embedder, engine, tuple(method.domains), agree)
+    embedder = embedder_of(trunk, own or Own())
+    model = Model(embedder, engine, tuple(method.domains), agree, trunk.text)
     return Trainee(model, engine, method, ranks, config.seed)
 
 
@@ -126,7 +132,7 @@ def fit(
         epoch, steps = position.cursor.epoch, train.steps(position.cursor.epoch)
         progress = Progress(f"{name} epoch {epoch + 1}", train.total_rows, "rows", log.speaks)
         trainee.engine.train(True)
-        meter = _Meter(trainee.ranks, name)
+        meter = _Meter(trainee, name)
         began = time.monotonic()
         batches = train.batches(position.cursor)
         for sent, following in trainee.ahead(batches, slots, train.extended):
@@ -175,10 +181,11 @@ def _evaluate(
 
 
 class _Meter:
-    """The mean loss since the last look, over all ranks; stops a run whose loss is no number."""
+    """The mean loss since the last look, over all ranks; stops a run that has gone astray."""
 
-    def __init__(self, ranks: Ranks, name: str) -> None:
-        self.ranks, self.name = ranks, name
+    def __init__(self, trainee: Trainee, name: str) -> None:
+        self.ranks, self.name = trainee.ranks, name
+        self._diagnose = trainee.diagnose
         self._sum: torch.Tensor | float = 0.0
         self._count = 0
         self._shown = ""
@@ -192,5 +199,8 @@ class _Meter:
                     f"{self.name}: the loss is {mean} in the {LOSS_EVERY} steps before {step}; "
                     "lower the learning rates, or look for values far out of range in the rows"
                 )
+            wrong = self._diagnose()
+            if wrong is not None:
+                raise UserError(f"{self.name}: step {step}: {wrong}")
             self._sum, self._count, self._shown = 0.0, 0, f"loss {mean:.4f}"
         return self._shown

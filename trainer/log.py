@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -54,6 +55,11 @@ class RunLog:
         if self._wandb is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             self._wandb.log({f"{phase}/{name}": value for name, value in numbers.items()})
+
+    def pictures(self, files: Sequence[Path]) -> None:
+        """These PNG files go to wandb, each by its own name."""
+        if self._wandb is not None and files:
+            self._wandb.log({f"pictures/{file.stem}": wandb.Image(str(file)) for file in files})
 
     def close(self) -> None:
         if self._file is not None:

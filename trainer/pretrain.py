@@ -1,12 +1,11 @@
 """Phase 1: the shared part learns from all domains."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from data_shards import Loader, Location, Rows, UserError
+from data_shards import Location, UserError
 from data_shards.errors import unknown
 from models import Method
 from trainer import checkpoint
@@ -17,7 +16,8 @@ from trainer.evaluate import evaluate
 from trainer.fit import Position, fit, trainee_of
 from trainer.log import RunLog
 from trainer.metrics import METRICS
-from trainer.model import Trunk, adapter_tensors
+from trainer.model import adapter_tensors
+from trainer.trunk import Trunk
 
 OPTIMIZER, PARAMETER = "optimizer/", "parameter/"
 
@@ -32,15 +32,25 @@ class Pretrained:
     """By domain, where they learned with the shared part; else empty."""
 
 
-def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog) -> Pretrained:
+def pretrain(
+    trunk: Trunk,
+    shards: Location,
+    folder: Path,
+    log: RunLog,
+    *,
+    domains: tuple[str, ...] | None = None,
+    teacher: Path | None = None,
+    name: str = "pretrain",
+) -> Pretrained:
     """Train the trunk until early stopping and leave its best state in it.
 
-    Continues from the newest checkpoint in `folder`, if there is one.
+    On rows of these domains, or of all. Continues from the newest checkpoint in `folder`, if there
+    is one. `teacher`: the sidecar of logits to learn from.
     """
     config, ranks = trunk.config, trunk.ranks
     phase = config.pretrain
-    train = _loader(trunk, shards, phase.rows, shuffle=True)
-    valid = _loader(trunk, shards, phase.validate, shuffle=False)
+    train = trunk.loader(shards, phase.rows, domains, shuffle=True, teacher=teacher)
+    valid = trunk.loader(shards, phase.validate, domains)
     metrics = (*METRICS, *(f"auc/{domain}" for domain in valid.domains))
     if phase.metric not in metrics:
         raise unknown("metric in pretrain.metric", phase.metric, metrics)
@@ -57,7 +67,7 @@ def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog
     newest = checkpoint.latest(folder)
     if newest is not None:
         position = _resume(newest, trunk, engine, data)
-        log.say(f"pretrain: continues from {newest.name}")
+        log.say(f"{name}: continues from {newest.name}")
 
     def save(best: bool) -> None:
         _save(folder, trunk, engine, position, data)
@@ -70,23 +80,13 @@ def pretrain(trunk: Trunk, shards: Sequence[Location], folder: Path, log: RunLog
         lambda: evaluate(model, valid, ranks),
         save,
         log,
-        "pretrain",
+        name,
     )
     if position.stopping.best_step >= 0:
         _resume(folder / _name(position.stopping.best_step), trunk, engine, data)
     trunk.dense = _dense(method, engine)
     adapters = adapter_tensors(trunk, method.domains, engine.parameters())
     return Pretrained(position.seconds, position.steps, adapters)
-
-
-def _loader(
-    trunk: Trunk, shards: Sequence[Location], splits: tuple[str, ...], shuffle: bool
-) -> Loader:
-    ranks = trunk.ranks
-    reading = trunk.config.reading
-    loader = Loader(shards, Rows(splits), reading, ranks.rank, ranks.world, shuffle)
-    trunk.check(loader)
-    return loader
 
 
 def _name(step: int) -> str:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data_shards.errors import UserError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -77,7 +78,7 @@ def together(ranks: Ranks, where: Path | str, act: Callable[[], T]) -> list[T]:
     return [value for value, _ in gathered]
 
 
-def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+def start(timeout: timedelta = TIMEOUT) -> Ranks:
     """Join the process group that torchrun describes, or be a group of one without it."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.adapter_store import Adapter
-from trainer.model import Trunk
+from trainer.trunk import Trunk
 
 HEAD = ["domain", "test rows", "AUC shared", "+ adapter", "change", "log loss", "+ adapter"]
 

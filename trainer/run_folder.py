@@ -1,7 +1,8 @@
 """A run's folder: what it was asked, what it learned, and everything needed to use that later.
 
-run.toml, metrics.jsonl, wandb/, checkpoints/, trunk/ (the shared part at its best),
-vocabulary/, adapters/<method>/<domain>/<version>/, summary.json, added/<domain>.json.
+run.toml, metrics.jsonl, wandb/, teachers/ (their logits), checkpoints/, trunk/ (the shared part at
+its best), vocabulary/, adapters/<method>/<domain>/<version>/, summary.json, pictures/,
+added/<domain>.json.
 """
 
 import json
@@ -16,9 +17,9 @@ from trainer import checkpoint
 from trainer.adapter_store import Adapter, AdapterStore
 from trainer.checkpoint import Snapshot
 from trainer.config import RunConfig, dump, first_difference, from_dict
-from trainer.model import Trunk, empty_trunk
 from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks, together
+from trainer.trunk import Trunk, copy_into, empty_trunk
 
 RUN_FILE, SUMMARY = "run.toml", "summary.json"
 START = "start/"
@@ -31,9 +32,11 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.teachers = path / "teachers"
         self.trunk = path / "trunk"
         self.vocabulary = path / "vocabulary"
         self.adapters = AdapterStore(path / "adapters")
+        self.pictures = path / "pictures"
 
     def open(self, config: RunConfig, ranks: Ranks) -> None:
         """Start the folder, or continue one of the same run file; another one is refused."""
@@ -107,6 +110,14 @@ class RunFolder:
         require_same_prompts(prompter_of(config), values["prompts"], str(self.path))
         trunk.freeze()
         return trunk
+
+    def begin(self, trunk: Trunk) -> None:
+        """Give the trunk of another run this run's dense shared part. Collective."""
+        values = self.trunk_values()
+        trunk.require_base(values["base"], self.path)
+        tensors = checkpoint.dense(self.trunk, trunk.ranks)
+        theirs = {name: t for name, t in tensors.items() if not name.startswith(START)}
+        copy_into(trunk.dense, theirs, f"shared part of {self.path}")
 
     def trunk_values(self) -> dict[str, Any]:
         """What the saved trunk says of itself."""

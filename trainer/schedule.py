@@ -1,22 +1,27 @@
 """Whole runs: two phases for `train`, the second one alone for `add-domain`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_shards import Index, Loader, Location, Rows, UserError
+from data_shards import Index, Location, UserError
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
 from trainer.evaluate import evaluate, predict
 from trainer.log import RunLog
 from trainer.metrics import Scores
-from trainer.model import Trunk, new_trunk, renumbered, trunk_alone, with_adapters
+from trainer.model import trunk_alone, with_adapters
+from trainer.own_rows import renumbered
+from trainer.pictures import take_pictures
 from trainer.pretrain import Pretrained, pretrain
 from trainer.ranks import Ranks, together
 from trainer.report import added_table, final_table, sizes
 from trainer.run_folder import RunFolder
+from trainer.teachers import teach
+from trainer.trunk import Trunk, new_trunk
 
 
 def train(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -42,8 +47,7 @@ def _train(
         trunk = folder.load_trunk(config, ranks)
         seconds = folder.trunk_values()["seconds"]
     else:
-        trunk = new_trunk(config, ranks, index)
-        pretrained = pretrain(trunk, [shards], folder.checkpoints, log)
+        trunk, pretrained = _learned(config, ranks, index, folder, log)
         seconds = pretrained.seconds
         if "adapt" in config.phases and not config.pretrain.one_phase:
             trunk.starts = pretrained.adapters
@@ -55,7 +59,7 @@ def _train(
     skipped = {}
     if "adapt" in config.phases:
         skipped = _adapt_all(trunk, trunk_id, index.domains, shards, folder, log)
-    test = _loader(trunk, shards, config.test, None)
+    test = trunk.loader(shards, config.test)
     base = evaluate(trunk_alone(trunk), test, ranks, "test, shared part")
     kept = folder.kept_adapters(config.method.name, trunk_id)
     adapted = base if kept or "adapt" in config.phases else None
@@ -75,7 +79,29 @@ def _train(
     waucs = {"wauc_shared": base.wauc} | ({"wauc_adapted": adapted.wauc} if adapted else {})
     log.metrics("test", waucs)
     log.say(final_table(summary))
+    if config.tracking.pictures:
+        take_pictures(trunk, kept, test, summary, folder.pictures, log)
     return summary
+
+
+def _learned(
+    config: RunConfig, ranks: Ranks, index: Index, folder: RunFolder, log: RunLog
+) -> tuple[Trunk, Pretrained]:
+    """A shared part: begun anew or from another run's, and pretrained if the run says so."""
+    if "pretrain" not in config.phases:
+        # rows that nobody has trained say nothing
+        config = replace(config, tables=replace(config.tables, init_std=0.0))
+    trunk = new_trunk(config, ranks, index)
+    if config.start_from:
+        RunFolder(Path(config.start_from)).begin(trunk)
+        log.say(f"begins from the shared part of {config.start_from}")
+    if "pretrain" not in config.phases:
+        return trunk, Pretrained(0.0, 0, {})
+    teacher = None
+    if config.teacher:
+        teacher = teach(config, ranks, index, folder.teachers, log)
+    shards = config.data.shards
+    return trunk, pretrain(trunk, shards, folder.checkpoints, log, teacher=teacher)
 
 
 def _adapt_all(
@@ -178,7 +204,7 @@ def add_domain(
 def _added_summary(
     trunk: Trunk, folder: RunFolder, adapter: Adapter, shards: Location, moved: list[str]
 ) -> dict[str, Any]:
-    test = _loader(trunk, shards, trunk.config.test, (adapter.domain,))
+    test = trunk.loader(shards, trunk.config.test, (adapter.domain,))
     model = with_adapters(trunk, [adapter])
     return {
         "domain": adapter.domain,
@@ -200,7 +226,7 @@ def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
     model = with_adapters(trunk, folder.kept_adapters(method, trunk_id))
     stored = folder.adapters.domains(method)
     digests = {domain: folder.adapters.digest(method, domain) for domain in stored}
-    rows = _loader(trunk, trunk.config.data.shards, trunk.config.test, None)
+    rows = trunk.loader(trunk.config.data.shards, trunk.config.test)
     found = predict(model, rows, trunk.ranks, "others' predictions")
     if found is None:
         return Witness(trunk_id, digests, None)
@@ -218,7 +244,7 @@ def evaluate_run(
 ) -> tuple[Scores, Scores]:
     """Scores of the shared part alone and with the kept adapters, on any shard set."""
     trunk = folder.load_trunk(config, ranks)
-    loader = _loader(trunk, shards, splits, domains)
+    loader = trunk.loader(shards, splits, domains)
     kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
     vocabulary = loader.indexes[0].load_vocabulary(shards)
     kept = [renumbered(adapter, vocabulary) for adapter in kept]
@@ -241,15 +267,5 @@ def zero_shot(
             "name one that was held out, or leave --zero-shot away"
         )
     trunk = folder.load_trunk(config, ranks)
-    loader = _loader(trunk, shards, splits, (domain,))
+    loader = trunk.loader(shards, splits, (domain,))
     return evaluate(trunk_alone(trunk), loader, ranks, f"{domain}, shared part")
-
-
-def _loader(
-    trunk: Trunk, shards: Location, splits: tuple[str, ...], domains: tuple[str, ...] | None
-) -> Loader:
-    """Rows in order, for scoring."""
-    ranks, reading = trunk.ranks, trunk.config.reading
-    loader = Loader(shards, Rows(splits, domains), reading, ranks.rank, ranks.world, shuffle=False)
-    trunk.check(loader)
-    return loader

@@ -1,12 +1,14 @@
 """A run's model in one process, for rows that are not in any shard."""
 
+import contextlib
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from data_shards import encode_batch
+from data_shards import Index, UserError, Vocabulary, encode_batch
 from trainer.config import RunConfig
 from trainer.model import with_adapters
 from trainer.prompting import prompter_of
@@ -25,6 +27,7 @@ class Server:
         self._ranks = ranks
         adapters = folder.kept_adapters(config.method.name, trunk.fingerprint())
         self._model = with_adapters(trunk, adapters)
+        self._open_texts(config)
         base = folder.load_vocabulary()
         self._base = base
         self._vocabularies = {
@@ -55,8 +58,25 @@ class Server:
             encoded = vocabulary.encode(part.append_column("label", label))
             slots = np.array([place.get(name, -1) for name in names[mask]])
             batch = encode_batch(self._schema, encoded, slots).to(self._ranks.device)
+            text = self._text(encoded, vocabulary, names[mask])
             identity = torch.arange(len(place) + 1, device=self._ranks.device)
             identity[-1] = -1
-            logit = self._model.logits(batch, identity, owner is not None)
+            logit = self._model.logits(batch, identity, owner is not None, text)
             probability[mask] = torch.sigmoid(logit.double()).cpu().numpy()
         return probability
+
+    @property
+    def encoded(self) -> int:
+        """Texts so far that were in no cache, so that they were encoded on the spot."""
+        return self._model.text.encoded if self._model.text else 0
+
+    def _text(self, rows: pa.Table, vocabulary: Vocabulary, domains: np.ndarray) -> Tensor | None:
+        if self._model.text is None:
+            return None
+        return self._model.text.encode(rows, vocabulary, pa.array(domains)).to(self._ranks.device)
+
+    def _open_texts(self, config: RunConfig) -> None:
+        """Those of the run's own shards, where they are at hand: a server need not have them."""
+        if self._model.text is not None:
+            with contextlib.suppress(UserError):
+                self._model.text.open(Index.load(config.data.shards))

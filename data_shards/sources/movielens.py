@@ -36,6 +36,17 @@ OCCUPATIONS = (
     "unemployed writer"
 ).split()
 AGE3 = {"1": "age_1_18", "18": "age_1_18", "25": "age_25"}
+DOMAINS = ("gender", "age", "occupation", "age3", "all")
+GENDERS = {"F": "female", "M": "male"}
+AGES = {
+    "1": "under 18",
+    "18": "18-24",
+    "25": "25-34",
+    "35": "35-44",
+    "45": "45-49",
+    "50": "50-55",
+    "56": "56 or more",
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,16 @@ class MovieLensConfig:
     kind: Literal["movielens"] = "movielens"
     label: Literal["five_stars", "drop_three"] = "five_stars"
     """5 stars are positive (MLoRA); or 4 and 5 are, and 3 are left out (UFIN)."""
-    domains: Literal["gender", "age", "occupation", "age3"] = "gender"
+    domains: Literal["gender", "age", "occupation", "age3", "all"] = "gender"
+    """Groups of users, or all of them as the one domain `movielens`."""
+    words: bool = False
+    """Gender, age and occupation in words, for prompts: male, 25-34, programmer."""
 
     def __post_init__(self) -> None:
         if self.label not in ("five_stars", "drop_three"):
             raise UserError(f"label is five_stars or drop_three, not {self.label!r}")
-        if self.domains not in ("gender", "age", "occupation", "age3"):
-            raise UserError(f"domains are gender, age, age3 or occupation, not {self.domains!r}")
+        if self.domains not in DOMAINS:
+            raise UserError(f"domains are {', '.join(DOMAINS)}, not {self.domains!r}")
 
 
 class MovieLens:
@@ -85,7 +99,8 @@ class MovieLens:
     def describe(self) -> dict[str, Any]:
         """What decides the rows, without the place where they happen to lie."""
         config = self.config
-        return {"kind": config.kind, "label": config.label, "domains": config.domains}
+        words = {"words": True} if config.words else {}
+        return {"kind": config.kind, "label": config.label, "domains": config.domains, **words}
 
     @cached_property
     def _ratings(self) -> pa.Table:
@@ -96,6 +111,7 @@ class MovieLens:
         expected = "user::F or M::age group::occupation 0-20::zip"
         users = self._parse("users.dat", USERS, expected)
         domain = _domain_of(users, self.config.domains)
+        users = _in_words(users) if self.config.words else users
         return users.append_column("domain", domain)
 
     @cached_property
@@ -154,12 +170,23 @@ class MovieLens:
 def _domain_of(users: pa.Table, domains: str) -> pa.Array | pa.ChunkedArray:
     if domains == "gender":
         return users["gender"]
+    if domains == "all":
+        return pa.repeat("movielens", len(users))
     if domains == "age":
         return pc.binary_join_element_wise("age", users["age"], "_")
     if domains == "age3":
         ages = users["age"].to_pylist()
         return pa.array([AGE3.get(age, "age_35_56") for age in ages], pa.string())
     return pa.array(OCCUPATIONS).take(pc.cast(users["occupation"], pa.int32()))
+
+
+def _in_words(users: pa.Table) -> pa.Table:
+    """What the codes of README stand for."""
+    occupations = {str(n): name.replace("_", " ") for n, name in enumerate(OCCUPATIONS)}
+    for name, words in (("gender", GENDERS), ("age", AGES), ("occupation", occupations)):
+        values = pa.array([words[code] for code in users[name].to_pylist()])
+        users = users.set_column(users.column_names.index(name), name, values)
+    return users
 
 
 def _read(path: Path, member: str) -> bytes:

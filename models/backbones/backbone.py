@@ -20,6 +20,12 @@ class BackboneConfig:
     hidden: tuple[int, ...] = (256, 128, 64)
     dropout: float = 0.5
     cross_layers: int = 3
+    orders: tuple[int, ...] = (7,)
+    """Order vectors of each layer of EulerNet; this and what follows as its authors have it on
+    MovieLens."""
+    explicit_dropout: float = 0.3
+    implicit_dropout: float = 0.3
+    layer_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
         """Logits [B]; `first_BF` are the first-order weights, empty [B, 0] where not asked for."""
+
+    def diagnose(self) -> str | None:
+        """As `Method.diagnose`."""
+        return None
 
     @abstractmethod
     def adaptable(self) -> dict[str, DomainLinear]:
