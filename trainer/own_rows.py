@@ -96,7 +96,7 @@ def renumbered(adapter: Adapter, vocabulary: Vocabulary) -> Adapter:
     tensors = dict(adapter.tensors)
     for key, before in adapter.vocabulary.items():
         here = {value: row for row, value in enumerate(wanted.get(key, ()))}
-        place = torch.tensor([here.get(value, -1) for value in before])
+        place = torch.tensor([here.get(value, -1) for value in before], dtype=torch.int64)
         if OWN_ROWS + key in tensors:
             rows = tensors.pop(OWN_ROWS + key)
             if here:
@@ -119,7 +119,7 @@ def _move_table(tensors: dict[str, Tensor], key: str, place: Tensor, base: int) 
     moved = rows.clone()
     moved[added] = place[rows[added] - base]
     kept = moved >= 0
-    moved[added & kept] += base
+    moved[added] += base
     tensors[f"{OWN_TABLE}{key}/rows"] = moved[kept]
     tensors[f"{OWN_TABLE}{key}/values"] = values[kept]
 
