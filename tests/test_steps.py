@@ -10,7 +10,8 @@ import torch
 from data_shards import Cursor, Index, Loader, Rows, Schema, Vocabulary, encode_batch
 from data_shards.vocabulary import count_values
 from tests.gang import gang
-from tests.toy_run import SCHEMA, SIZES, here, planted_rows, toy_config
+from tests.toy_run import SCHEMA, SIZES, here, planted_rows, refused, toy_config
+from trainer import fit, schedule
 from trainer.engine import Engine
 from trainer.fit import Trainee
 from trainer.model import trunk_alone
@@ -44,6 +45,19 @@ def test_dropout_follows_the_step_and_nothing_else(toy: Path, tmp_path: Path) ->
     assert losses["first", 0] == losses["again", 0]
     assert losses["first", 1] == losses["again", 1]
     assert losses["first", 0] != losses["first", 1]
+
+
+def _astray(toy: Path, output: Path) -> str:
+    """What a run says whose first step throws the orders of EulerNet far off."""
+    euler = "backbone={name='eulernet', orders=[3]}", "pretrain.lr=1e6"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "LOSS_EVERY", 1)
+        return refused(lambda: schedule.train(toy_config(toy, output, *euler), here()))
+
+
+def test_weights_that_have_gone_astray_end_a_phase_and_are_named(toy: Path, tmp_path: Path) -> None:
+    (said,) = gang(1, _astray, toy, tmp_path)
+    assert said.startswith("pretrain: step 1: ") and "overflows" in said
 
 
 def _logits(toy: Path, output: Path, fields: tuple[str, ...]) -> dict[str, list[float]]:
