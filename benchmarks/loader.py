@@ -222,7 +222,6 @@ def _reading(root: Path, source: Drawn, args: argparse.Namespace) -> dict[str, A
 
     known, pure = loader(mixed), loader(replace(mixed, sampler="domain_pure"))
     memory = _columns(rows.combine_chunks())
-    keep_freed_memory()  # as a training process does
     first, later, parquet_, json_, copied = (
         "loader, mixed, first epoch",
         "loader, mixed, later epochs",
@@ -266,6 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a training process does
     source = Drawn(args.rows)
     with tempfile.TemporaryDirectory() as temporary:
         parts = [_reading(Path(temporary), source, args)]

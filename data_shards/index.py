@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Block:
     split: str
     sha256: str
     xxh3: str
+
+
+_CELLS = {field.name: field.type for field in fields(Block)}
+_cells = attrgetter(*_CELLS)
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ class Index:
             "source": self.source,
             "dropped": self.dropped,
             "shards": self.shards,
-            "block_columns": [field.name for field in fields(Block)],
-            "blocks": [astuple(block) for block in self.blocks],
+            "block_columns": list(_CELLS),
+            "blocks": [_cells(block) for block in self.blocks],
         }
 
     def save(self, folder: Path) -> None:
@@ -201,7 +206,7 @@ def _from_content(content: Mapping[str, Any]) -> Index:
     return Index(
         schema=Schema.from_json(content["schema"]),
         domains=tuple(content["domains"]),
-        blocks=tuple(_block(row) for row in content["blocks"]),
+        blocks=_blocks(content["blocks"]),
         shards=dict(content["shards"]),
         vocabulary=VocabularyInfo(**content["vocabulary"]),
         source=dict(content["source"]),
@@ -210,14 +215,17 @@ def _from_content(content: Mapping[str, Any]) -> Index:
     )
 
 
-def _block(row: list[Any]) -> Block:
-    for field, value in zip(fields(Block), row, strict=False):
-        if type(value) is not field.type:
-            raise TypeError(f"a block's {field.name} is {value!r}")
-    block = Block(*row)
-    if not 0 <= block.rows <= block.bytes:
-        raise ValueError(f"{block.rows} rows in the {block.bytes} bytes of {block.member}")
-    return block
+def _blocks(rows: list[list[Any]]) -> tuple[Block, ...]:
+    # by column: an index of billions of rows has millions of blocks
+    for (name, kind), column in zip(_CELLS.items(), zip(*rows, strict=True), strict=bool(rows)):
+        for value in column:
+            if type(value) is not kind:
+                raise TypeError(f"a block's {name} is {value!r}")
+    blocks = tuple(Block(*row) for row in rows)
+    for block in blocks:
+        if not 0 <= block.rows <= block.bytes:
+            raise ValueError(f"{block.rows} rows in the {block.bytes} bytes of {block.member}")
+    return blocks
 
 
 def _check_shards(storage: Storage, shards: Mapping[str, int]) -> None:
