@@ -39,8 +39,9 @@ types: setup
 unit: setup
 	$(PY) -m pytest -m "not dist and not gpu"
 
+# A file of tests stays in one process, with what it has set up; a thread each, for ranks are processes too.
 test: lint types
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -8,16 +8,12 @@ measured again, so that a run which was cut off can go on.
 """
 
 import argparse
-import json
 import math
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.amazon_rows import NEW, sizes, title_cosines, write_rows
-from benchmarks.measure import machine
+from benchmarks.measured import Measured
 from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.config import RunConfig
@@ -49,27 +45,6 @@ VARIANTS = {
 UNTRAINED = "cosine of titles, untrained"
 
 
-class Results:
-    """What has been measured so far, in a file that the first rank writes."""
-
-    def __init__(self, path: Path, ranks: groups.Ranks, about: dict[str, Any]) -> None:
-        self.path, self.ranks, self.about = path, ranks, about
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.measured: dict[str, Any] = ranks.broadcast(found.get("measured", {}))
-
-    def once(self, key: str, act: Callable[[], dict[str, Any]]) -> None:
-        """Measure and store this, unless it is there; ranks act together."""
-        if key in self.measured:
-            return
-        began = time.monotonic()
-        found = act()
-        self.measured[key] = {"wall_seconds": round(time.monotonic() - began, 1), **found}
-        now = datetime.now(UTC).isoformat(timespec="minutes")
-        whole = {"date": now, "machine": machine(), **self.about, "measured": self.measured}
-        if self.ranks.first:
-            self.path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=110, help="of each domain")
@@ -79,14 +54,14 @@ def main() -> None:
     args = parser.parse_args()
     ranks = groups.start()
     about = {"users": args.users, "epochs": args.epochs, "ranks": ranks.world}
-    results = Results(args.results, ranks, about)
+    results = Measured(args.results, ranks, about)
     measure(args, ranks, results)
     groups.stop()
     if ranks.first:
-        print(tables(results.measured))
+        print(tables(results.found))
 
 
-def measure(args: argparse.Namespace, ranks: groups.Ranks, results: Results) -> None:
+def measure(args: argparse.Namespace, ranks: groups.Ranks, results: Measured) -> None:
     runs, new = {name: run_of(args, name) for name in VARIANTS}, args.out / "shards-new"
     first = runs["Uni-CTR"]
     if ranks.first:
