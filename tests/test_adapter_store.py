@@ -195,6 +195,40 @@ def test_damage_is_found(tmp_path: Path, name: str, how: str) -> None:
         store.load("mlora", "toys", trunk=TRUNK)
 
 
+@pytest.mark.parametrize("how", ["a link", "upwards", "a folder", "one more", "a hidden one"])
+def test_a_folder_copied_from_elsewhere_holds_plain_files_alone(tmp_path: Path, how: str) -> None:
+    store, outside = AdapterStore(tmp_path / "adapters"), tmp_path / "adapter.safetensors"
+    folder = store.save(_adapter())
+    if how == "a link":
+        (folder / outside.name).rename(outside)
+        (folder / outside.name).symlink_to(outside)
+    elif how == "upwards":
+        (folder / "vocabulary.arrow").unlink()
+        (folder / "vocabulary.arrow").symlink_to("../1/adapter.json")
+    elif how == "a folder":
+        (folder / "vocabulary.arrow").unlink()
+        (folder / "vocabulary.arrow").mkdir()
+    else:
+        (folder / ("code.py" if how == "one more" else ".env")).write_text("")
+    with pytest.raises(UserError, match="not a plain file of an adapter; expected adapter.json"):
+        store.load("mlora", "toys", trunk=TRUNK)
+
+
+def test_a_version_that_is_a_link_is_none(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "adapters")
+    folder = store.save(_adapter())
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert store.domains("mlora") == ()
+
+
+def test_a_large_manifest_is_not_read(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    os.truncate(store.save(_adapter()) / "adapter.json", 1 << 30)
+    with pytest.raises(UserError, match="1,073,741,824 bytes, at most 67,108,864 are read; take a"):
+        store.load("mlora", "toys", trunk=TRUNK)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"format": 1', b"[]", b"{}", b'{"format": 1}', b"\xff"])
 def test_a_cut_manifest_is_found(tmp_path: Path, content: bytes) -> None:
     store = AdapterStore(tmp_path)

@@ -1,9 +1,10 @@
 """Checkpoints are whole or not there: damage is named, a full disk harms nothing that was saved."""
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,43 @@ import torch.distributed as dist
 from data_shards import Index, UserError
 from tests.gang import gang
 from tests.toy_run import here, refused, toy_config
-from trainer import checkpoint
+from trainer import saving
 from trainer.adapter_store import Adapter
+from trainer.checkpoint import Snapshot, checked, newest
+from trainer.log import RunLog
 from trainer.run_folder import RunFolder
+from trainer.saving import Saver, step_name
 from trainer.schedule import save_adapter
+from trainer.tensor_file import write_file
 from trainer.trunk import new_trunk
 
 pytestmark = pytest.mark.dist
 
 CHANGED = "missing or changed .*take another checkpoint"
+CUT = "no complete checkpoint .*take another"
 # Name of a damage -> what does it, what it is called.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda folder: (folder / "tables-00001.safetensors").unlink(), CHANGED),
     "changed": (lambda folder: _flip(folder / "dense.safetensors"), CHANGED),
     "cut": (lambda folder: os.truncate(folder / "state.json", 9), CHANGED),
-    "no_manifest": (
-        lambda folder: (folder / "manifest.json").unlink(),
-        "no complete checkpoint .*take another",
-    ),
-    "cut_manifest": (
-        lambda folder: os.truncate(folder / "manifest.json", 9),
-        "no complete checkpoint .*take another",
-    ),
+    "linked": (lambda folder: _link(folder / "state.json"), CHANGED),
+    "no_manifest": (lambda folder: (folder / "manifest.json").unlink(), CUT),
+    "cut_manifest": (lambda folder: os.truncate(folder / "manifest.json", 9), CUT),
+    "list": (lambda folder: (folder / "manifest.json").write_text("[]"), CUT),
     "format": (
-        lambda folder: (folder / "manifest.json").write_text('{"format": 9, "files": {}}'),
-        "format 9; this reads 2: train it anew",
+        lambda folder: _edit(folder, {"format": 9}),
+        "format 9; this reads 3: train it anew",
+    ),
+    "no_dense": (lambda folder: _edit(folder, {"files": {}}), "names no dense.safetensors or no"),
+    "no_tables": (lambda folder: _without_tables(folder), "lacks .* weight of the tables for this"),
+    "upwards": (
+        lambda folder: _name(folder, "../step-0000000002/dense.safetensors"),
+        "'../step-.*' is no file of a checkpoint; take one from a source you trust",
+    ),
+    "rooted": (lambda folder: _name(folder, "/etc/hostname"), "'/etc/hostname' is no file of a"),
+    "large": (
+        lambda folder: os.truncate(folder / "manifest.json", 1 << 30),
+        "1,073,741,824 bytes, at most 67,108,864 are read; take a copy from a source you trust",
     ),
 }
 # Name of a full disk -> the rank that meets it, in which file.
@@ -47,43 +60,49 @@ FULL = {
     "manifest": (0, "manifest.json"),
     "pointer": (0, ".latest.tmp"),
 }
+FIRST = step_name(1)
 
 
 def _attempts(toy: Path, output: Path) -> dict[str, Any]:
     """What this rank is told about damaged checkpoints and full disks, and what is left then."""
     config, ranks = toy_config(toy, output), here()
     trunk = new_trunk(config, ranks, Index.load(toy / "shards"))
-    root = output / "checkpoints"
+    root, log = output / "checkpoints", RunLog(False, output, config.tracking, "toy")
 
-    def save(step: str) -> None:
-        snapshot = checkpoint.Snapshot(trunk.dense, {"step": step})
-        checkpoint.save(root / step, ranks, trunk.tables, snapshot)
-        checkpoint.mark_latest(root, step, ranks, 1, "step-2")
+    def save(step: int) -> None:
+        snapshot = Snapshot(trunk.dense, {"step": step})
+        with Saver(root, ranks, [trunk.tables], 1, log) as saver:
+            saver.save(step, snapshot, best_step=2)
 
-    def load(step: str) -> str:
-        return refused(lambda: checkpoint.load(root / step, ranks, trunk.tables))
+    def load(name: str) -> str:
+        return refused(lambda: checked(root / name, ranks).load([trunk.tables]))
 
-    save("step-1")
+    save(1)
     told: dict[str, Any] = {}
     for name, (damage, _) in DAMAGES.items():
         if ranks.first:
-            shutil.copytree(root / "step-1", root / name)
+            shutil.copytree(root / FIRST, root / name)
             damage(root / name)
         dist.barrier()
         told[name] = load(name)
     for name, (victim, file) in FULL.items():
         with pytest.MonkeyPatch.context() as patch:
             if ranks.rank == victim:
-                patch.setattr(checkpoint, "_write", _full_at(file))
-            told[name] = refused(lambda: save("step-2"))
-        newest = checkpoint.latest(root)
-        told[f"{name}, left"] = (newest and newest.name, load("step-1"), list(root.glob(".step-*")))
+                patch.setattr(saving, "write_file", _full_at(file))
+            told[name] = refused(lambda: save(2))
+        found = newest(root, ranks, print)
+        told[f"{name}, left"] = (found and found.folder.name, load(FIRST), _hidden(root))
         dist.barrier()
-    for step in ("step-2", "step-3", "step-4"):
+    for step in (2, 3, 4):
         save(step)
     told["kept"] = sorted(path.name for path in root.glob("step-*"))
     told["adapter"] = refused(lambda: _save_adapter_on_a_full_disk(output))
     return told
+
+
+def _hidden(root: Path) -> list[str]:
+    """What a failed save left behind; its pointer is small and is written anew."""
+    return [path.name for path in root.glob(".step-*")]
 
 
 def _save_adapter_on_a_full_disk(output: Path) -> None:
@@ -91,21 +110,41 @@ def _save_adapter_on_a_full_disk(output: Path) -> None:
     adapter = Adapter("mlora", "books", 0, "t", "s", "d", {}, True, {})
     with pytest.MonkeyPatch.context() as patch:
         if here().first:
-            patch.setattr("trainer.adapter_store._write", _full_at("adapter.safetensors"))
+            patch.setattr("trainer.adapter_store.write_file", _full_at("adapter.safetensors"))
         save_adapter(folder, adapter, here())
 
 
-def _full_at(file: str) -> Callable[[Path, bytes], str]:
+def _full_at(file: str) -> Callable[[Path, Iterable[bytes]], str]:
     """Writes as the real one does, until the disk is full in the middle of `file`."""
-    write = checkpoint._write
+    write = write_file
 
-    def full(path: Path, content: bytes) -> str:
+    def full(path: Path, content: Iterable[bytes]) -> str:
         if path.name != file:
             return write(path, content)
-        path.write_bytes(content[: len(content) // 2])
+        path.write_bytes(b"".join(content)[:99])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return full
+
+
+def _edit(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def _name(folder: Path, name: str) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    _edit(folder, {"files": files | {name: files["dense.safetensors"]}})
+
+
+def _without_tables(folder: Path) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    _edit(folder, {"files": {k: v for k, v in files.items() if not k.startswith("tables-")}})
+
+
+def _link(path: Path) -> None:
+    moved = path.rename(path.with_name("elsewhere"))
+    path.symlink_to(moved)
 
 
 def _flip(path: Path) -> None:
@@ -133,11 +172,11 @@ def test_a_full_disk_on_one_rank_stops_all_and_harms_nothing(
     told: dict[str, Any], full: str
 ) -> None:
     assert "No space left on device; free some space, or set another output" in told[full]
-    assert told[f"{full}, left"] == ("step-1", "", [])
+    assert told[f"{full}, left"] == (FIRST, "", [])
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(told: dict[str, Any]) -> None:
-    assert told["kept"] == ["step-2", "step-4"]
+    assert told["kept"] == [step_name(2), step_name(4)]
 
 
 def test_an_adapter_that_cannot_be_saved_stops_all_ranks(told: dict[str, Any]) -> None:

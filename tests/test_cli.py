@@ -215,6 +215,7 @@ def test_a_run_under_torchrun_trains_and_says_what_it_found(project: Project) ->
     lines = (project.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["phase"] for line in lines} == {
         "pretrain",
+        "checkpoint",
         "adapt F",
         "adapt M",
         "test",

@@ -110,7 +110,7 @@ def test_the_same_gradients_weights_and_optimizer_state(
         (tensors, values), (expected, wanted) = (
             checkpoint_at(run / "checkpoints" / step) for run in (ours, theirs)
         )
-        assert values["table_steps"] == wanted["table_steps"] == values["steps"]
+        assert values["table_steps"] == wanted["table_steps"] == [values["steps"]]
         assert any(name.endswith("exp_avg") for name in tensors)
         _require_close(tensors, expected)
 

@@ -30,6 +30,7 @@ from tests.toy_unictr_run import (
 )
 from trainer import pretrain
 from trainer.adapt import adapt, rows_of
+from trainer.checkpoint import checked
 from trainer.log import RunLog
 from trainer.run_folder import RunFolder
 from trainer.trunk import new_method, new_trunk
@@ -189,7 +190,7 @@ def _resumed_elsewhere(toy: Path, output: Path) -> str:
     path = output / "whole" / "checkpoints" / f"step-{STEPS:010d}"
     data = checkpoint_at(path)[1]["data"]
     none: Any = None  # it is not come to
-    return refused(lambda: pretrain._resume(path, trunk, none, data))
+    return refused(lambda: pretrain._resume(checked(path, here()), trunk, none, data))
 
 
 def test_phase_1_goes_on_with_its_own_encoder_alone(story: Story, toy: Path, output: Path) -> None:

@@ -150,7 +150,7 @@ def checkpoint_at(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     pieces: dict[str, list[tuple[int, int, Tensor]]] = {}
     for path in folder.glob("tables-*.safetensors"):
         for key, tensor in load_file(path).items():
-            table, name, row, col = key.split("|")
+            _, table, name, row, col = key.split("|")
             pieces.setdefault(f"{table}/{name}", []).append((int(row), int(col), tensor))
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return whole | {name: _joined(parts) for name, parts in pieces.items()}, values

@@ -4,22 +4,30 @@
 the same whenever it is trained.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from data_shards import Loader, Location, UserError
 from trainer.adapter_store import Adapter
+from trainer.checkpoint import Checkpoint, newest
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.evaluate import evaluate
-from trainer.fit import Position, fit, trainee_of
+from trainer.fit import Position, Trainee, fit, trainee_of
 from trainer.log import RunLog
+from trainer.metrics import Scores
 from trainer.model import Model, adapter_tensors, add_domain, trunk_alone
 from trainer.own_rows import Own, new_own
+from trainer.phase_state import restored, state_of, under
 from trainer.phases import AdaptConfig
 from trainer.ranks import Ranks
+from trainer.saving import Saver
 from trainer.trunk import Trunk
+
+BEST, BEST_OWN = "best/", "best_own/"
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,13 @@ def rows_of(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
     return DomainRows(domain, train, valid, added, index.fingerprint)
 
 
-def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter:
+def adapt(
+    trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog, folder: Path | None = None
+) -> Adapter:
     """Train one domain's adapter; it is kept only if it beats the trunk on validation rows.
 
-    `trunk_id` is the trunk's fingerprint, which the adapter is bound to.
+    `trunk_id` is the trunk's fingerprint, which the adapter is bound to. With `checkpoint_every`
+    the phase keeps its state in `folder`, and continues from the newest one there.
     """
     config, ranks = trunk.config, trunk.ranks
     phase = config.adapt
@@ -76,16 +87,8 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
     better = begun and position.stopping.update(_value(model, rows.valid, ranks, phase), 0)
     position.stopping.without_best = 0  # patience is for what phase 2 learns
     best = _Best(engine, own, words)
-    fit(
-        trainee,
-        rows.train,
-        phase,
-        position,
-        lambda: evaluate(model, rows.valid, ranks),
-        best.save,
-        log,
-        f"adapt {rows.domain}",
-    )
+    facts = {"data": rows.data, "trunk": trunk_id}
+    position = _learn(trunk, trainee, rows, position, best, facts, folder, log)
     kept = better or position.stopping.best_step > 0
     return Adapter(
         method=config.method.name,
@@ -109,6 +112,52 @@ def adapt(trunk: Trunk, trunk_id: str, rows: DomainRows, log: RunLog) -> Adapter
     )
 
 
+def _learn(
+    trunk: Trunk,
+    trainee: Trainee,
+    rows: DomainRows,
+    position: Position,
+    best: "_Best",
+    facts: dict[str, str],
+    folder: Path | None,
+    log: RunLog,
+) -> Position:
+    """The steps of the phase, from `position` or from its newest checkpoint; where they ended."""
+    config, ranks, engine = trunk.config, trunk.ranks, trainee.engine
+    phase, name = config.adapt, f"adapt {rows.domain}"
+
+    def scores() -> Scores:
+        return evaluate(trainee.model, rows.valid, ranks)
+
+    if folder is None or not phase.checkpoint_every:
+        fit(trainee, rows.train, phase, position, scores, best.save, log, name)
+        return position
+    found = newest(folder, ranks, log.say)
+    if found is not None:
+        position = _resume(found, engine, best, facts)
+        log.say(f"{name}: continues from {found.folder.name}")
+    keep, begun = config.keep_checkpoints, position.steps
+    with Saver(folder, ranks, best.own.parts(), keep, log, begun) as saver:
+
+        def save(is_best: bool) -> None:
+            best.save(is_best)
+            saver.save(position.steps, state_of(engine, position, facts, best.tensors()))
+
+        fit(trainee, rows.train, phase, position, scores, save, log, name)
+    return position
+
+
+def _resume(found: Checkpoint, engine: Engine, best: "_Best", facts: dict[str, str]) -> Position:
+    snapshot = found.load(best.own.parts())
+    if {name: snapshot.values[name] for name in facts} != facts:
+        raise UserError(
+            f"{found.folder}: learned from other shards or around another trunk; restore them, or "
+            f"delete {found.folder.parent} to begin this domain anew"
+        )
+    best.load(snapshot.tensors)
+    return restored(snapshot, engine)
+
+
 def _value(model: Model, valid: Loader, ranks: Ranks, phase: AdaptConfig) -> float | None:
     """The phase's metric of an adapter that phase 1 has trained."""
     return evaluate(model, valid, ranks).metric(phase.metric)
@@ -118,7 +167,8 @@ class _Best:
     """The adapter's tensors at the best evaluation, before the first one as it began."""
 
     def __init__(self, engine: Engine, own: Own, words: dict[str, tuple[str, ...]]) -> None:
-        self._engine, self._own, self._words = engine, own, words
+        self.own = own
+        self._engine, self._words = engine, words
         self.parameters: dict[str, Tensor] = {}
         self.own_tensors: dict[str, Tensor] = {}
         self.save(True)
@@ -126,7 +176,16 @@ class _Best:
     def save(self, best: bool) -> None:
         if best:
             self.parameters = self._engine.parameters()
-            self.own_tensors = self._own.tensors(self._words)
+            self.own_tensors = self.own.tensors(self._words)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        found = {BEST + name: tensor for name, tensor in self.parameters.items()}
+        return found | {BEST_OWN + name: tensor for name, tensor in self.own_tensors.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        self.parameters, self.own_tensors = under(BEST, tensors), under(BEST_OWN, tensors)
 
 
 def _require_enough(train: Loader, domain: str, config: AdaptConfig) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_shards.durable import flush
 from data_shards.errors import UserError, unknown
+from trainer.tensor_file import pieces, read_small, write_file
 
 FORMAT = 1
 MANIFEST, TENSORS, VOCABULARY = "adapter.json", "adapter.safetensors", "vocabulary.arrow"
@@ -67,22 +68,24 @@ class AdapterStore:
         """Write the next version and return its folder; a failed save leaves no file behind."""
         home = self._home(adapter.method, adapter.domain)
         with _write_errors(home), _new_folder(home) as folder:
-            payload = {
-                TENSORS: safetensors.torch.save(_on_cpu(adapter.tensors)),
-                VOCABULARY: _vocabulary_bytes(adapter.vocabulary),
+            digests = {
+                TENSORS: write_file(folder / TENSORS, pieces(adapter.tensors)),
+                VOCABULARY: write_file(
+                    folder / VOCABULARY, [_vocabulary_bytes(adapter.vocabulary)]
+                ),
             }
-            for name, content in payload.items():
-                _write(folder / name, content)
-            digests = {name: _sha256(content) for name, content in payload.items()}
             while True:
                 version = max(_versions(home), default=0) + 1
-                _write(folder / MANIFEST, _manifest(replace(adapter, version=version), digests))
+                write_file(
+                    folder / MANIFEST, [_manifest(replace(adapter, version=version), digests)]
+                )
                 if _publish(folder, home / str(version)):
                     return home / str(version)
 
     def load(self, method: str, domain: str, version: int | None = None, *, trunk: str) -> Adapter:
         """The newest version, or the one asked for, checked against its digests and `trunk`."""
         folder = self._folder(method, domain, version)
+        _require_plain(folder)
         facts, digests = _read_manifest(folder / MANIFEST)
         if facts["trunk"] != trunk:
             raise UserError(
@@ -97,7 +100,7 @@ class AdapterStore:
 
     def domains(self, method: str) -> tuple[str, ...]:
         """The domains that have an adapter, sorted."""
-        homes = (self._root / _quoted(method)).glob("*")
+        homes = (self._root / quoted(method)).glob("*")
         return tuple(sorted(unquote(home.name) for home in homes if _versions(home)))
 
     def remove(self, method: str, domain: str) -> None:
@@ -116,7 +119,7 @@ class AdapterStore:
         return total.hexdigest()
 
     def _home(self, method: str, domain: str) -> Path:
-        return self._root / _quoted(method) / _quoted(domain)
+        return self._root / quoted(method) / quoted(domain)
 
     def _folder(self, method: str, domain: str, version: int | None) -> Path:
         home = self._home(method, domain)
@@ -129,7 +132,7 @@ class AdapterStore:
         return home / str(version or max(versions))
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """A name as one folder's name; dots too, so that none is hidden, `.` or `..`."""
     if not name:
         raise UserError("an adapter's method and domain need a name of at least one character")
@@ -137,7 +140,9 @@ def _quoted(name: str) -> str:
 
 
 def _versions(home: Path) -> set[int]:
-    return {int(path.name) for path in home.glob("*") if path.name.isdecimal()}
+    """Folders with a number for a name; a link to another place is none."""
+    found = (path for path in home.glob("*") if path.name.isdecimal())
+    return {int(path.name) for path in found if path.is_dir() and not path.is_symlink()}
 
 
 @contextmanager
@@ -176,15 +181,23 @@ def _publish(folder: Path, target: Path) -> bool:
     return True
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _require_plain(folder: Path) -> None:
+    """A version holds plain files of these three names: what a copy from elsewhere adds, such as a
+    link to another place, is refused before anything is read."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in (MANIFEST, TENSORS, VOCABULARY) or not _plain(path):
+            raise UserError(
+                f"{path}: not a plain file of an adapter; expected {MANIFEST}, {TENSORS} and "
+                f"{VOCABULARY} alone: take the folder from a source you trust"
+            )
+
+
+def _plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _checked(path: Path, digests: dict[str, str]) -> bytes:
@@ -200,11 +213,6 @@ def _checked(path: Path, digests: dict[str, str]) -> bytes:
     return content
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Own copies: safetensors refuses tensors that share storage, as slices of one stack do."""
-    return {name: one.detach().to("cpu", copy=True).contiguous() for name, one in tensors.items()}
-
-
 def _manifest(adapter: Adapter, digests: dict[str, str]) -> bytes:
     facts = {"format": FORMAT} | {name: vars(adapter)[name] for name in _FACTS}
     return json.dumps(facts | {"sha256": digests}, indent=2, allow_nan=False).encode()
@@ -214,9 +222,11 @@ def _read_manifest(path: Path) -> tuple[dict, dict[str, str]]:
     """The facts and the digests of one `adapter.json`, by name and type."""
     expected = _FACTS | {"format": int, "sha256": dict}
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_small(path))
         wrong = [key for key, kind in expected.items() if type(found[key]) is not kind]
         wrong += [name for name in (TENSORS, VOCABULARY) if name not in found["sha256"]]
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is missing or cut ({error}); copy the folder again, or load an older version"

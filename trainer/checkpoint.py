@@ -1,15 +1,15 @@
 """A whole model on disk, complete or not there at all, for any number of ranks.
 
-Each rank writes the rectangles of tables that it holds; the first rank adds the dense part and the
-state of the run, then the manifest with the SHA-256 of every file; then the folder is
-renamed into place, and `latest` replaced. All files are safetensors or JSON.
+Each rank writes the rectangles of tables that it holds (`saving`); the first rank adds the dense
+part and the state of the run, then the manifest with the SHA-256 of every file; then the folder is
+renamed into place, and `latest` replaced. All files are safetensors or JSON. What is read here is
+checked first: every byte by the manifest, every name in it to be that of a plain file beside it.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ import safetensors.torch
 from torch import Tensor
 
 from data_shards import UserError
-from data_shards.durable import flush
 from embeddings import ShardedTables
 from trainer.ranks import Ranks, together
+from trainer.tensor_file import read_small, rows_at_once
 
-FORMAT = 2
-MANIFEST, LATEST = "manifest.json", "latest"
+FORMAT = 3
+MANIFEST, LATEST, DENSE, STATE = "manifest.json", "latest", "dense.safetensors", "state.json"
 SEPARATOR = "|"
+_STEP, _FILE = re.compile(r"step-\d+"), re.compile(r"[a-z]+(-\d+)?\.(safetensors|json)")
+
+Tables = Sequence[ShardedTables]
 
 
 @dataclass(frozen=True)
@@ -36,205 +39,186 @@ class Snapshot:
     values: dict[str, Any]
 
 
-def save(
-    folder: Path,
-    ranks: Ranks,
-    tables: ShardedTables,
-    snapshot: Snapshot,
-    *,
-    optimizer: bool = True,
-) -> None:
-    """Write `folder` whole. Collective. Without `optimizer` only the tables' weights are kept."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    steps = tables.steps()
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose files have all been checked against its manifest."""
 
-    def write() -> dict[str, str]:
-        files = {f"tables-{ranks.rank:05d}.safetensors": _table_bytes(tables, optimizer)}
-        if ranks.first:
-            values = {**snapshot.values, "tables": _shapes(tables), "table_steps": steps}
-            files["dense.safetensors"] = safetensors.torch.save(
-                {name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()}
-            )
-            files["state.json"] = json.dumps(values, indent=1).encode()
-        return {name: _write(temporary / name, content) for name, content in files.items()}
+    folder: Path
+    files: dict[str, str]
+    ranks: Ranks
 
-    try:
-        together(ranks, folder, lambda: _fresh(temporary) if ranks.first else None)
-        digests = together(ranks, folder, write)
-        merged = {name: digest for rank in digests for name, digest in rank.items()}
-        together(
-            ranks, folder, lambda: _publish(temporary, folder, merged) if ranks.first else None
-        )
-    finally:
-        if ranks.first:
-            shutil.rmtree(temporary, ignore_errors=True)
+    def load(self, tables: Tables, *, optimizer: bool = True) -> Snapshot:
+        """Fill the tables and return the rest. Collective.
 
-
-def load(folder: Path, ranks: Ranks, tables: ShardedTables, *, optimizer: bool = True) -> Snapshot:
-    """Fill the tables from `folder` and return the rest. Collective; verifies every file first.
-
-    Without `optimizer` the tables' weights are all that must be there.
-    """
-    manifest = _verified(folder, ranks)
-    parts = [name for name in manifest if name.startswith("tables-")]
-    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _require_same_tables(folder, values["tables"], _shapes(tables))
-    missing = _fill(tables, [folder / name for name in sorted(parts)])
-    if optimizer and any(ranks.gather(missing)):
-        raise UserError(
-            f"{folder}: lacks the tables' optimizer state for this plan; take another checkpoint, "
-            "or the sharding types that it was saved with"
-        )
-    tables.set_steps(values["table_steps"])
-    tensors = safetensors.torch.load_file(folder / "dense.safetensors")
-    return Snapshot(tensors, values)
-
-
-def dense(folder: Path, ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors beside the tables. Collective; verifies every file first."""
-    _verified(folder, ranks)
-    return safetensors.torch.load_file(folder / "dense.safetensors")
-
-
-def mark_latest(root: Path, name: str, ranks: Ranks, keep: int, best: str) -> None:
-    """Point `latest` at a checkpoint; of the others keep the newest `keep` and the best."""
-
-    def mark() -> None:
-        temporary = root / f".{LATEST}.tmp"
-        _write(temporary, name.encode())
-        os.replace(temporary, root / LATEST)
-        newest_first = sorted((path.name for path in root.glob("step-*")), reverse=True)
-        for old in newest_first[keep:]:
-            if old not in (best, name):
-                shutil.rmtree(root / old)
-
-    together(ranks, root, lambda: mark() if ranks.first else None)
-
-
-def latest(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None where there is none."""
-    pointer = root / LATEST
-    if not pointer.exists():
-        return None
-    return root / pointer.read_text(encoding="utf-8").strip()
-
-
-def _table_bytes(tables: ShardedTables, optimizer: bool) -> bytes:
-    return safetensors.torch.save(
-        {
-            SEPARATOR.join((shard.table, name, str(shard.row), str(shard.col))): tensor.detach()
-            .cpu()
-            .contiguous()
-            for shard in tables.shards()
-            for name, tensor in shard.tensors.items()
-            if optimizer or name == "weight"
-        }
-    )
-
-
-def _fill(tables: ShardedTables, files: list[Path]) -> bool:
-    """Copy into each live rectangle whatever parts of it lie in the files, whoever wrote them.
-
-    Returns whether something was not there.
-    """
-    shards = tables.shards()
-    missing = {(s.table, n, s.row, s.col): t.numel() for s in shards for n, t in s.tensors.items()}
-    for path in files:
-        with safetensors.safe_open(path, "pt") as saved:
-            for key in saved.keys():  # noqa: SIM118  (not a dict)
-                table, name, row, col = key.split(SEPARATOR)
-                for shard in shards:
-                    if shard.table == table and name in shard.tensors:
-                        copied = _overlap(
-                            shard.tensors[name],
-                            shard.row,
-                            shard.col,
-                            saved.get_slice(key),
-                            int(row),
-                            int(col),
-                        )
-                        missing[table, name, shard.row, shard.col] -= copied
-    return sum(missing.values()) > 0
-
-
-def _shapes(tables: ShardedTables) -> dict[str, list[int]]:
-    return {table.field: [table.rows, table.width] for table in tables.tables}
-
-
-def _require_same_tables(
-    folder: Path, saved: Mapping[str, list[int]], live: Mapping[str, list[int]]
-) -> None:
-    for name in {**live, **saved}:
-        if saved.get(name) != live.get(name):
+        Without `optimizer` the tables' weights are all that must be there.
+        """
+        values = json.loads(read_small(self.folder / STATE))
+        saved, live = values["tables"], shapes(tables)
+        if len(saved) != len(live):
             raise UserError(
-                f"{folder}: table {name!r} is {saved.get(name)} (rows, width) there and "
-                f"{live.get(name)} here; it is of another shard set or run file"
+                f"{self.folder}: holds {len(saved)} sets of tables and here are {len(live)}; "
+                "it is of another run file"
             )
+        for theirs, ours in zip(saved, live, strict=True):
+            self._require_same(theirs, ours)
+        missing = {name for found in self.ranks.gather(self._fill(tables)) for name in found}
+        if missing and (optimizer or "weight" in missing):
+            raise UserError(
+                f"{self.folder}: lacks {', '.join(sorted(missing))} of the tables for this plan; "
+                "take another checkpoint, or the sharding types that it was saved with"
+            )
+        for part, steps in zip(tables, values["table_steps"], strict=True):
+            part.set_steps(steps)
+        return Snapshot(self.dense(), values)
+
+    def dense(self) -> dict[str, Tensor]:
+        """The tensors beside the tables."""
+        return safetensors.torch.load_file(self.folder / DENSE)
+
+    def _require_same(self, saved: Mapping[str, list[int]], live: Mapping[str, list[int]]) -> None:
+        for name in {**live, **saved}:
+            if saved.get(name) != live.get(name):
+                raise UserError(
+                    f"{self.folder}: table {name!r} is {saved.get(name)} (rows, width) there and "
+                    f"{live.get(name)} here; it is of another shard set or run file"
+                )
+
+    def _fill(self, tables: Tables) -> list[str]:
+        """Copy into each live rectangle whatever parts of it lie in the files, whoever wrote them.
+
+        Returns the names of tensors that were not there whole.
+        """
+        live = list(rectangles(tables))
+        missing = {(key, row, col): tensor.numel() for key, row, col, tensor in live}
+        for path in sorted(self.folder / name for name in self.files if name.startswith("tables-")):
+            with safetensors.safe_open(path, "pt") as saved:
+                for key in saved.keys():  # noqa: SIM118  (not a dict)
+                    name, saved_row, saved_col = key.rsplit(SEPARATOR, 2)
+                    part, place = saved.get_slice(key), (int(saved_row), int(saved_col))
+                    for other, row, col, tensor in live:
+                        if other == name:
+                            missing[other, row, col] -= _copy(tensor, (row, col), part, place)
+        return sorted({key.rsplit(SEPARATOR, 1)[1] for (key, _, _), n in missing.items() if n})
 
 
-def _overlap(live: Tensor, row: int, col: int, saved: Any, saved_row: int, saved_col: int) -> int:
-    """Copy the common rectangle; returns its elements. A vector is one value per row."""
-    shape = saved.get_shape()
-    lo, hi = max(row, saved_row), min(row + live.shape[0], saved_row + shape[0])
-    if lo >= hi:
-        return 0
-    if live.ndim == 1:
-        if col != saved_col:
-            return 0
-        live[lo - row : hi - row] = saved[lo - saved_row : hi - saved_row]
-        return hi - lo
-    left, right = max(col, saved_col), min(col + live.shape[1], saved_col + shape[1])
-    if left >= right:
-        return 0
-    part = saved[lo - saved_row : hi - saved_row, left - saved_col : right - saved_col]
-    live.detach()[lo - row : hi - row, left - col : right - col] = part
-    return (hi - lo) * (right - left)
+def rectangles(tables: Tables) -> Iterator[tuple[str, int, int, Tensor]]:
+    """What this rank holds: set, table and tensor as one key, row, column, and the live tensor."""
+    for number, part in enumerate(tables):
+        for shard in part.shards():
+            for name, tensor in shard.tensors.items():
+                key = SEPARATOR.join((str(number), shard.table, name))
+                yield key, shard.row, shard.col, tensor
 
 
-def _verified(folder: Path, ranks: Ranks) -> dict[str, str]:
-    """The manifest, after each rank has checked its share of the files."""
+def shapes(tables: Tables) -> list[dict[str, list[int]]]:
+    return [{table.field: [table.rows, table.width] for table in part.tables} for part in tables]
+
+
+def checked(folder: Path, ranks: Ranks) -> Checkpoint:
+    """Collective: each rank checks its share of the files; UserError unless all are whole."""
 
     def check() -> dict[str, str]:
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(
-                f"{folder}: no complete checkpoint (no readable {MANIFEST}); take another one"
-            ) from None
-        if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{folder}: format {manifest.get('format')!r}; this reads {FORMAT}: train it anew"
-            )
-        files = manifest["files"]
+        files = _manifest(folder)["files"]
         for name in sorted(files)[ranks.rank :: ranks.world]:
             path = folder / name
-            if not path.exists() or _sha256(path) != files[name]:
+            if path.is_symlink() or not path.is_file() or _sha256(path) != files[name]:
                 raise UserError(f"{path}: missing or changed (SHA-256); take another checkpoint")
         return files
 
-    return together(ranks, folder, check)[0]
+    return Checkpoint(folder, together(ranks, folder, check)[0], ranks)
 
 
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `latest` names, or the newest whole one in its place, which is said.
+
+    None where nothing was saved; UserError where of what was saved nothing is whole. Collective.
+    """
+    names: list[str] = ranks.broadcast(_newest_first(root) if ranks.first else None)
+    for name in names:
+        try:
+            return checked(root / name, ranks)
+        except UserError as error:
+            say(f"{error}; falling back to the one before it")
+    if names:
+        raise UserError(
+            f"{root}: none of its {len(names)} checkpoints is whole; restore one of them, or "
+            "delete the folder to begin anew"
+        )
+    return None
 
 
-def _publish(temporary: Path, folder: Path, digests: Mapping[str, str]) -> None:
-    content = json.dumps({"format": FORMAT, "files": dict(digests)}, indent=1).encode()
-    _write(temporary / MANIFEST, content)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-    flush(folder.parent)
+def steps_in(root: Path) -> list[str]:
+    """Names of the checkpoints in a folder, the newest first, whole or not."""
+    names = (path.name for path in root.glob("step-*"))
+    return sorted((name for name in names if _STEP.fullmatch(name)), reverse=True)
 
 
-def _write(path: Path, content: bytes) -> str:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+def best_of(folder: Path) -> str:
+    """The name of the best checkpoint when this one was saved; empty where nobody can tell."""
+    try:
+        return str(_manifest(folder)["best"])
+    except UserError:
+        return ""
+
+
+def _newest_first(root: Path) -> list[str]:
+    """All names, but first of all the one in `latest`, for a person may have gone back by it."""
+    try:
+        with (root / LATEST).open(encoding="utf-8") as file:
+            marked = file.read(99).strip()
+    except (OSError, ValueError):
+        marked = ""
+    names = set(steps_in(root)) | ({marked} if _STEP.fullmatch(marked) else set())
+    return sorted(names, key=lambda name: (name == marked, name), reverse=True)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(read_small(path))
+        format_, files = manifest["format"], manifest.get("files")
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{folder}: no complete checkpoint (no readable {MANIFEST}); take another one"
+        ) from None
+    if format_ != FORMAT:
+        raise UserError(f"{folder}: format {format_!r}; this reads {FORMAT}: train it anew")
+    if not isinstance(files, dict) or not {DENSE, STATE} <= files.keys():
+        raise UserError(f"{path}: names no {DENSE} or no {STATE}; take another checkpoint")
+    strange = [name for name in files if not _FILE.fullmatch(name)]
+    if strange:
+        raise UserError(
+            f"{path}: {strange[0]!r} is no file of a checkpoint; take one from a source you trust"
+        )
+    return manifest
+
+
+def _copy(live: Tensor, at: tuple[int, int], saved: Any, saved_at: tuple[int, int]) -> int:
+    """Copy the common rectangle, some rows at a time; returns its elements.
+
+    A vector is one value per row.
+    """
+    shape = saved.get_shape()
+    (row, col), (saved_row, saved_col) = at, saved_at
+    lo, hi = max(row, saved_row), min(row + live.shape[0], saved_row + shape[0])
+    if live.ndim == 1:
+        left, right = 0, int(col == saved_col)
+    else:
+        left, right = max(col, saved_col), min(col + live.shape[1], saved_col + shape[1])
+    if lo >= hi or left >= right:
+        return 0
+    target, rows = live.detach(), rows_at_once(live)
+    for first in range(lo, hi, rows):
+        last = min(first + rows, hi)
+        there, here = slice(first - saved_row, last - saved_row), slice(first - row, last - row)
+        if live.ndim == 1:
+            target[here] = saved[there]
+        else:
+            columns = slice(left - saved_col, right - saved_col)
+            target[here, left - col : right - col] = saved[there, columns]
+    return (hi - lo) * (right - left)
 
 
 def _sha256(path: Path) -> str:

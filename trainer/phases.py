@@ -27,7 +27,8 @@ class PhaseConfig:
     evaluate_every: int = 0
     """Steps between evaluations; 0: once an epoch."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: at each evaluation."""
+    """Steps between checkpoints, beside those at each evaluation. `[adapt]` with 0 keeps none: a
+    domain that was cut off begins anew."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS and not self.metric.startswith("auc/"):

@@ -8,8 +8,7 @@ from torch import Tensor
 from data_shards import Location, UserError
 from data_shards.errors import unknown
 from models import Method
-from trainer import checkpoint
-from trainer.checkpoint import Snapshot
+from trainer.checkpoint import Checkpoint, checked, newest
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.evaluate import evaluate
@@ -17,9 +16,9 @@ from trainer.fit import Position, fit, trainee_of
 from trainer.log import RunLog
 from trainer.metrics import METRICS
 from trainer.model import adapter_tensors
+from trainer.phase_state import restored, state_of
+from trainer.saving import Saver, step_name
 from trainer.trunk import Trunk
-
-OPTIMIZER, PARAMETER = "optimizer/", "parameter/"
 
 
 @dataclass(frozen=True)
@@ -64,60 +63,45 @@ def pretrain(
     model, engine = trainee.model, trainee.engine
     position = Position(EarlyStopping(phase.metric, phase.patience))
     data = [index.fingerprint for index in train.indexes]
-    newest = checkpoint.latest(folder)
-    if newest is not None:
-        position = _resume(newest, trunk, engine, data)
-        log.say(f"{name}: continues from {newest.name}")
+    found = newest(folder, ranks, log.say)
+    if found is not None:
+        position = _resume(found, trunk, engine, data)
+        log.say(f"{name}: continues from {found.folder.name}")
+    facts = {"data": data, "base": trunk.base}
+    keep, begun = config.keep_checkpoints, position.steps
+    with Saver(folder, ranks, [trunk.tables], keep, log, begun) as saver:
 
-    def save(best: bool) -> None:
-        _save(folder, trunk, engine, position, data)
+        def save(best: bool) -> None:
+            state = state_of(engine, position, facts)
+            saver.save(position.steps, state, position.stopping.best_step)
 
-    fit(
-        trainee,
-        train,
-        phase,
-        position,
-        lambda: evaluate(model, valid, ranks),
-        save,
-        log,
-        name,
-    )
+        fit(
+            trainee,
+            train,
+            phase,
+            position,
+            lambda: evaluate(model, valid, ranks),
+            save,
+            log,
+            name,
+        )
     if position.stopping.best_step >= 0:
-        _resume(folder / _name(position.stopping.best_step), trunk, engine, data)
+        best = checked(folder / step_name(position.stopping.best_step), ranks)
+        _resume(best, trunk, engine, data)
     trunk.dense = _dense(method, engine)
     adapters = adapter_tensors(trunk, method.domains, engine.parameters())
     return Pretrained(position.seconds, position.steps, adapters)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:010d}"
-
-
-def _save(folder: Path, trunk: Trunk, engine: Engine, position: Position, data: list[str]) -> None:
-    state = {OPTIMIZER + name: tensor for name, tensor in engine.optimizer_state().items()}
-    parameters = {PARAMETER + name: tensor for name, tensor in engine.parameters().items()}
-    name = _name(position.steps)
-    values = {**position.state(), "data": data, "base": trunk.base}
-    snapshot = Snapshot({**state, **parameters}, values)
-    checkpoint.save(folder / name, trunk.ranks, trunk.tables, snapshot)
-    keep, best = trunk.config.keep_checkpoints, _name(position.stopping.best_step)
-    checkpoint.mark_latest(folder, name, trunk.ranks, keep, best)
-
-
-def _resume(path: Path, trunk: Trunk, engine: Engine, data: list[str]) -> Position:
-    snapshot = checkpoint.load(path, trunk.ranks, trunk.tables)
+def _resume(found: Checkpoint, trunk: Trunk, engine: Engine, data: list[str]) -> Position:
+    snapshot = found.load([trunk.tables])
     if snapshot.values["data"] != data:
         raise UserError(
-            f"{path}: learned from other shards than those in data.shards now; "
+            f"{found.folder}: learned from other shards than those in data.shards now; "
             "restore them, or start a run of another name"
         )
-    trunk.require_base(snapshot.values["base"], path)
-    engine.load(_under(PARAMETER, snapshot.tensors), _under(OPTIMIZER, snapshot.tensors))
-    return Position.from_state(snapshot.values)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    trunk.require_base(snapshot.values["base"], found.folder)
+    return restored(snapshot, engine)
 
 
 def _dense(method: Method, engine: Engine) -> dict[str, Tensor]:

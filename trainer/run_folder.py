@@ -1,8 +1,8 @@
 """A run's folder: what it was asked, what it learned, and everything needed to use that later.
 
 run.toml, metrics.jsonl, wandb/, teachers/ (their logits), checkpoints/, trunk/ (the shared part at
-its best), vocabulary/, adapters/<method>/<domain>/<version>/, summary.json, pictures/,
-added/<domain>.json.
+its best), vocabulary/, adapting/<domain>/ (checkpoints of phase 2), summary.json, pictures/,
+adapters/<method>/<domain>/<version>/, added/<domain>.json.
 """
 
 import json
@@ -13,12 +13,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from data_shards import Index, Location, Schema, UserError, Vocabulary
-from trainer import checkpoint
-from trainer.adapter_store import Adapter, AdapterStore
-from trainer.checkpoint import Snapshot
+from data_shards.durable import flush
+from trainer.adapter_store import Adapter, AdapterStore, quoted
+from trainer.checkpoint import MANIFEST, STATE, Snapshot, checked
 from trainer.config import RunConfig, dump, first_difference, from_dict
 from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks, together
+from trainer.saving import save
 from trainer.trunk import Trunk, copy_into, empty_trunk
 
 RUN_FILE, SUMMARY = "run.toml", "summary.json"
@@ -82,25 +83,27 @@ class RunFolder:
             "prompts": prompter.describe() if prompter else None,
         }
 
-        def save() -> None:
+        def save_vocabulary() -> None:
             shutil.rmtree(self.vocabulary, ignore_errors=True)
             index.load_vocabulary(shards).save(self.vocabulary)
+            for path in (*self.vocabulary.iterdir(), self.vocabulary):
+                flush(path)
 
-        together(trunk.ranks, self.path, lambda: save() if trunk.ranks.first else None)
+        together(trunk.ranks, self.path, lambda: save_vocabulary() if trunk.ranks.first else None)
         starts = {
             f"{START}{quote(domain, safe='')}/{name}": tensor
             for domain, tensors in trunk.starts.items()
             for name, tensor in tensors.items()
         }
         snapshot = Snapshot({**trunk.dense, **starts}, values)
-        checkpoint.save(self.trunk, trunk.ranks, trunk.tables, snapshot, optimizer=False)
+        save(self.trunk, trunk.ranks, [trunk.tables], snapshot, optimizer=False)
 
     def load_trunk(self, config: RunConfig, ranks: Ranks) -> Trunk:
         """The shared part as phase 1 left it, frozen."""
         values = self.trunk_values()
         schema = Schema.from_json(values["schema"])
         trunk = empty_trunk(config, ranks, schema, values["rows"], values["vocabulary"])
-        snapshot = checkpoint.load(self.trunk, ranks, trunk.tables, optimizer=False)
+        snapshot = checked(self.trunk, ranks).load([trunk.tables], optimizer=False)
         for name, tensor in snapshot.tensors.items():
             if name.startswith(START):
                 domain, name = name.removeprefix(START).split("/", 1)
@@ -115,17 +118,17 @@ class RunFolder:
         """Give the trunk of another run this run's dense shared part. Collective."""
         values = self.trunk_values()
         trunk.require_base(values["base"], self.path)
-        tensors = checkpoint.dense(self.trunk, trunk.ranks)
+        tensors = checked(self.trunk, trunk.ranks).dense()
         theirs = {name: t for name, t in tensors.items() if not name.startswith(START)}
         copy_into(trunk.dense, theirs, f"shared part of {self.path}")
 
     def trunk_values(self) -> dict[str, Any]:
         """What the saved trunk says of itself."""
-        if not (self.trunk / checkpoint.MANIFEST).exists():
+        if not (self.trunk / MANIFEST).exists():
             raise UserError(
                 f"{self.path}: its shared part is not trained yet; run `train` to the end"
             )
-        return json.loads((self.trunk / "state.json").read_text(encoding="utf-8"))
+        return json.loads((self.trunk / STATE).read_text(encoding="utf-8"))
 
     def load_vocabulary(self) -> Vocabulary:
         """The vocabulary of the trunk's tables."""
@@ -137,6 +140,10 @@ class RunFolder:
         """The newest adapter of each domain, where it beat the shared part."""
         found = [self.adapters.load(method, d, trunk=trunk) for d in self.adapters.domains(method)]
         return [adapter for adapter in found if adapter.kept]
+
+    def adapting(self, domain: str) -> Path:
+        """Where a domain's phase 2 keeps its state until its adapter is stored."""
+        return self.path / "adapting" / quoted(domain)
 
     def save_added(self, domain: str, values: dict[str, Any]) -> None:
         """What `add-domain` found."""
@@ -153,7 +160,9 @@ def _write(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
+        flush(beside)
         beside.replace(path)
+        flush(path.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error

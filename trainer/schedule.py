@@ -1,5 +1,6 @@
 """Whole runs: two phases for `train`, the second one alone for `add-domain`."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def _adapt_all(
             skipped[domain] = str(error)
             log.say(f"adapt {domain}: no adapter: {error}")
             continue
-        save_adapter(folder, adapt(trunk, trunk_id, rows, log), trunk.ranks)
+        adapter = adapt(trunk, trunk_id, rows, log, folder.adapting(domain))
+        save_adapter(folder, adapter, trunk.ranks)
     return skipped
 
 
@@ -149,8 +151,13 @@ def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: 
 
 
 def save_adapter(folder: RunFolder, adapter: Adapter, ranks: Ranks) -> None:
-    """Store an adapter once, whatever the number of ranks."""
-    together(ranks, folder.path, lambda: folder.adapters.save(adapter) if ranks.first else None)
+    """Store an adapter once, whatever the number of ranks; what led to it is not needed then."""
+
+    def save() -> None:
+        folder.adapters.save(adapter)
+        shutil.rmtree(folder.adapting(adapter.domain), ignore_errors=True)
+
+    together(ranks, folder.path, lambda: save() if ranks.first else None)
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def add_domain(
         trunk = folder.load_trunk(config, ranks)
         rows = rows_of(trunk, shards, domain)
         before = _witness(trunk, folder, domain)
-        adapter = adapt(trunk, before.trunk, rows, log)
+        adapter = adapt(trunk, before.trunk, rows, log, folder.adapting(domain))
         save_adapter(folder, adapter, ranks)
         moved = ranks.broadcast(before.differences(_witness(trunk, folder, domain)))
         summary = _added_summary(trunk, folder, adapter, shards, moved)
