@@ -128,6 +128,14 @@ class Embedder:
         assert self.own is not None
         return self.own.tables.vectors(sent.own)
 
+    def forget(self, sent: SentIds) -> None:
+        """These vectors were looked up to train, and then no backward came."""
+        parts = ((sent.trunk, self.trunk), (sent.extension, self.extension), (sent.own, self.own))
+        for ids, part in parts:
+            tables = part.tables if isinstance(part, Extension) else part
+            if ids is not None and tables is not None and not tables.frozen:
+                tables.uncount()
+
 
 def _field(ids: KeyedJaggedTensor) -> Tensor:
     """The place of each id's field among the keys."""

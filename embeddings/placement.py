@@ -127,7 +127,7 @@ class ShardedTables:
             else:
                 values = torch.cat([pooled[key] for key in self.keys], dim=1)
         if reading:
-            self._uncount()
+            self.uncount()
         return values.view(-1, len(self.keys), self.width)
 
     def freeze(self) -> None:
@@ -211,7 +211,7 @@ class ShardedTables:
             if not isinstance(fused, LazyAdam):
                 fused.iter_cpu.fill_(steps)  # the copy that fbgemm's update rule reads
 
-    def _uncount(self) -> None:
+    def uncount(self) -> None:
         """fbgemm takes every lookup for a step, which would bend Adam's bias correction."""
         for fused in self._fused:
             if not isinstance(fused, LazyAdam):

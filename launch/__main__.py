@@ -12,6 +12,7 @@ from launch import (
     add_domain,
     cache_text,
     demo,
+    drill,
     evaluate,
     export,
     fetch,
@@ -21,6 +22,7 @@ from launch import (
     train,
     write_shards,
 )
+from trainer.preemption import SAVED, PreemptedError, leave_with_torchrun
 
 VERBS = {
     "fetch": fetch,
@@ -34,6 +36,7 @@ VERBS = {
     "export": export,
     "inspect": inspect,
     "demo": demo,
+    "drill": drill,
 }
 # What a disk answers that takes no more, or not from us.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -41,6 +44,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; a user's mistake is one line on stderr and exit status 2."""
+    leave_with_torchrun()
     args = _parser().parse_args(arguments)
     _quiet()
     try:
@@ -55,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{where}could not be written ({error.strerror}); give it room or rights and start "
             "the same command again: what was saved before is whole"
         )
+    except PreemptedError as stopped:
+        print(f"stopped by SIGTERM: {stopped}", file=sys.stderr, flush=True)
+        return SAVED
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> None:
             f"write-shards RUN_FILE --base {args.run_folder} --out FOLDER "
             f"--set 'data.only=[\"{args.domain}\"]' --set 'data.hold_out=[]'"
         )
-    with joined() as ranks:
+    with joined(config.faults) as ranks:
         add_domain(config, RunFolder(args.run_folder), args.domain, args.shards, ranks)

@@ -6,7 +6,6 @@ Example: torchrun --nproc-per-node 2 -m launch cache-text launch/runs/movielens_
 """
 
 import argparse
-from datetime import timedelta
 from pathlib import Path
 
 from launch.progress import say
@@ -21,12 +20,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from launch.group import joined
     from trainer import config as run_files
+    from trainer.ranks import FaultsConfig
     from trainer.run_folder import RUN_FILE
     from trainer.text_build import build
 
     path = args.run / RUN_FILE if args.run.is_dir() else args.run
     config = run_files.load(path, args.overrides)
-    with joined(timedelta(days=7)) as ranks:  # the first alone puts all rows into words
+    # the first rank alone puts all rows into words, and that may take days
+    with joined(FaultsConfig(7 * 86400, config.faults.grace_seconds)) as ranks:
         tell = say if ranks.first else lambda text: None
         built = build(config, args.shards or config.data.shards, ranks, tell)
         texts = ", ".join(f"{name} {count:,}" for name, count in built.texts.items())

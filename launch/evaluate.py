@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     shards = args.shards or config.data.shards
     splits = tuple(args.splits or config.test)
     domains = tuple(args.domains) if args.domains else None
-    with joined() as ranks:
+    with joined(config.faults) as ranks:
         folder = RunFolder(args.run_folder)
         if args.zero_shot:
             scores = zero_shot(config, folder, shards, splits, args.zero_shot, ranks)

@@ -18,5 +18,5 @@ def run(args: argparse.Namespace) -> None:
     from trainer.schedule import train
 
     config = run_files.load(args.run_file, args.overrides)
-    with joined() as ranks:
+    with joined(config.faults) as ranks:
         train(config, ranks)

@@ -21,6 +21,10 @@ from models import EncoderConfig, MethodConfig, MLoRAConfig
 from models.backbones import BackboneConfig
 from trainer.engine import EngineConfig
 from trainer.phases import AdaptConfig, PretrainConfig, TeacherConfig
+from trainer.ranks import FaultsConfig
+
+UNBOUND = "faults"
+"""The section that says nothing of what a run learns."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class RunConfig:
     """A finished run's folder, whose dense shared part is the one that this run begins with. Tables
     are not taken: other rows have other ids."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
@@ -216,8 +221,10 @@ def _without_none(value: Any) -> Any:
 
 
 def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first key in which two resolved configs differ, dotted, or None."""
+    """The first key in which two resolved configs differ, dotted, or None; none of `[faults]`."""
     for key in {**a, **b}:
+        if f"{prefix}{key}" == UNBOUND:
+            continue
         x, y = a.get(key), b.get(key)
         if isinstance(x, Mapping) and isinstance(y, Mapping):
             found = first_difference(x, y, f"{prefix}{key}.")

@@ -50,6 +50,16 @@ class EngineConfig:
     """How weight_decay works: as L2 in the gradient (MLoRA, UFIN), or apart from it (Uni-CTR)."""
     gradient_clipping: float = 0.0
     """Norm of the dense gradient; 0: none."""
+    table_gradient_clipping: float = 0.0
+    """Largest entry of the gradient of a looked-up vector, fbgemm's max_gradient; 0: none."""
+    bad_steps: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite; it never moves a weight."""
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_clipping", "table_gradient_clipping"):
+            value = vars(self)[name]
+            if not 0 <= value < float("inf"):
+                raise UserError(f"engine.{name}: {value:g}; it is above 0, or 0 for none")
 
 
 class Engine:
@@ -87,6 +97,7 @@ class Engine:
                 "zero_force_ds_cpu_optimizer": False,
             },
         )[0]
+        self.config = config
         self._stage = config.zero_stage
         self.whole = config.zero_stage < 3
         """Whether each rank holds its parameters whole between steps"""
@@ -100,9 +111,25 @@ class Engine:
         """Switch dropout on or off."""
         self._engine.train(mode)
 
-    def step(self, loss: Tensor) -> None:
-        """One backward through the dense part and the tables, and one optimizer step."""
+    def backward(self, loss: Tensor) -> None:
+        """Backward through the dense part, to gradients averaged over all ranks."""
         self._engine.backward(loss)
+
+    def finite(self) -> bool:
+        """Whether this rank's part of the averaged gradients is free of infinities and NaN."""
+        return finite(self._gradients())
+
+    def drop(self) -> None:
+        """Forget the gradients of the last backward."""
+        if self._stage == 0:
+            self._engine.zero_grad()
+            return
+        for gradient in self._gradients():  # which DeepSpeed then drops by itself, on all ranks
+            gradient.fill_(torch.nan)
+        self.step()
+
+    def step(self) -> None:
+        """One optimizer step by the gradients of the last backward."""
         self._engine.step()
         if self._stage == 3:  # or a parameter without a gradient would take its last one again
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
@@ -132,6 +159,14 @@ class Engine:
             self._set_master(p, parameters[name])
             for moment in MOMENTS if steps else ():
                 self._set_moment(p, moment, state[f"{name}/{moment}"])
+
+    def _gradients(self) -> list[Tensor]:
+        if self._stage == 0:
+            return [p.grad for p in self.trainable if p.grad is not None]
+        if self._stage == 3:
+            return [self._engine.optimizer.grad_partitions_flat_buffer]
+        parts = self._engine.optimizer.averaged_gradients.values()
+        return [part for group in parts for part in group or ()]
 
     def _partitions(self) -> list[Tensor]:
         """The tensors that the inner Adam steps on: parameters, or flat slices of them."""
@@ -191,6 +226,12 @@ class Engine:
         """This rank's slice under ZeRO 3. DeepSpeed's own setter fails on parameters with fewer
         elements than ranks, whose last slices are padding."""
         return self._engine.optimizer._get_fp32_opt_state_partition(p, False, name)[0]
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries are finite numbers; one pass, in which a NaN or an infinity survives."""
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    return not sums or bool(torch.stack(sums).isfinite().all())
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from data_shards import Cursor, Loader
+from trainer import heartbeat
 from trainer.log import Progress
 from trainer.metrics import Scores, score
 from trainer.model import Model
@@ -34,6 +35,8 @@ class Predictions:
 @torch.no_grad()
 def predict(model: Model, loader: Loader, ranks: Ranks, what: str = "") -> Predictions | None:
     """Logits of every row that the loader selects; None on all ranks but the first."""
+    if what:
+        heartbeat.at(what)
     slots = model.slots(loader).to(ranks.device)
     progress = Progress(what or "predicting", loader.total_rows, "rows", ranks.first and bool(what))
     parts = []

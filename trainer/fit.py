@@ -11,13 +11,16 @@ from torch import nn
 
 from data_shards import Batch, Cursor, Loader, UserError
 from models import Method
+from trainer import heartbeat, preemption
+from trainer.bad_steps import BadStepError, Cut, bad_rows, listed
 from trainer.early_stopping import EarlyStopping
-from trainer.engine import Engine
+from trainer.engine import Engine, finite
 from trainer.log import Progress, RunLog
 from trainer.metrics import Scores
 from trainer.model import Model, Sent
 from trainer.own_rows import Own, embedder_of
 from trainer.phases import PhaseConfig
+from trainer.preemption import PreemptedError
 from trainer.ranks import Ranks
 from trainer.trunk import Trunk
 
@@ -77,17 +80,33 @@ class Trainee:
             yield sent, None
 
     def step(self, sent: Sent, following: Sent | None, at: int) -> torch.Tensor:
-        """One optimizer step of dense part and tables; returns this rank's share of the loss."""
+        """One optimizer step of dense part and tables; returns this rank's share of the loss.
+
+        Raises, on all ranks and before any weight moves: BadStepError where something is not
+        finite, PreemptedError where one of them has to go.
+        """
         # Dropout is a function of (seed, step, rank), so no generator's state is ever saved.
         mixed = np.random.SeedSequence((self.seed, at, self.ranks.rank))
         self.ranks.seed(int(mixed.generate_state(1, np.uint64)[0]))
         batch = sent.batch
-        logit = self.model.outputs(sent)
+        features, cut = Cut.of(self.model.features(sent))
+        logit = self.model.dense(features)
         loss = self.method.loss(logit, batch.label, batch.weight, batch.rows)
         if following is not None:
             following.ids.announced()
         # Engine and tables both average gradients over ranks; the loss is a sum over them.
-        self.engine.step(loss * self.ranks.world)
+        self.engine.backward(loss * self.ranks.world)
+        sound = finite([loss.detach(), *cut.gradients()]) and self.engine.finite()
+        bad, leave = self.ranks.any(not sound, preemption.asked())
+        if bad or leave:
+            self.engine.drop()
+            self.model.embedder.forget(sent.ids)
+        if leave:
+            raise PreemptedError
+        if bad:
+            raise BadStepError(bad_rows(batch, logit, cut, self.ranks))
+        cut.backward(self.engine.config.table_gradient_clipping * self.ranks.world)
+        self.engine.step()
         return loss.detach()
 
     def diagnose(self) -> str | None:
@@ -127,6 +146,33 @@ def fit(
 
     `save(is_best)` is called after each evaluation and every `checkpoint_every` steps.
     """
+    kept = position.steps
+
+    def keep(best: bool) -> None:
+        nonlocal kept
+        save(best)
+        kept = position.steps
+
+    with preemption.saving():
+        try:
+            _fit(trainee, train, phase, position, evaluate, keep, log, name)
+        except PreemptedError:
+            if position.steps != kept:
+                save(False)
+            raise PreemptedError(f"{name}: saved after step {position.steps}") from None
+    heartbeat.at(f"after {name}")
+
+
+def _fit(
+    trainee: Trainee,
+    train: Loader,
+    phase: PhaseConfig,
+    position: Position,
+    evaluate: Callable[[], Scores],
+    save: Callable[[bool], None],
+    log: RunLog,
+    name: str,
+) -> None:
     slots = trainee.model.slots(train).to(trainee.ranks.device)
     while position.cursor.epoch < phase.max_epochs and not position.stopping.ended:
         epoch, steps = position.cursor.epoch, train.steps(position.cursor.epoch)
@@ -136,10 +182,14 @@ def fit(
         began = time.monotonic()
         batches = train.batches(position.cursor)
         for sent, following in trainee.ahead(batches, slots, train.extended):
-            loss = trainee.step(sent, following, position.steps)
+            heartbeat.at(name, position.steps + 1)
+            try:
+                meter.add(trainee.step(sent, following, position.steps), position.steps + 1)
+            except BadStepError as bad:
+                _bad_step(trainee, bad.named(train.domains), position.steps + 1, log, name)
             position.steps += 1
             position.cursor = Cursor(epoch, position.cursor.step + 1)
-            progress.add(sent.batch.rows, meter.add(loss, position.steps))
+            progress.add(sent.batch.rows, meter.shown)
             ends = position.cursor.step == steps
             due = phase.evaluate_every and position.steps % phase.evaluate_every == 0
             if ends or due:
@@ -153,6 +203,23 @@ def fit(
                 save(False)
 
 
+def _bad_step(
+    trainee: Trainee, rows: dict[str, list[int]], step: int, log: RunLog, name: str
+) -> None:
+    """Stop, or count the step as skipped."""
+    what = f"{name}: step {step}: the loss or its gradient is not finite ({listed(rows)})"
+    if trainee.engine.config.bad_steps == "skip":
+        log.say(f"{what}; skipped")
+        log.bad_step(name, step, rows)
+        return
+    why = trainee.diagnose()
+    also = f"; {why}" if why else ""
+    raise UserError(
+        f"{what}{also}; no weight has moved by it: look at the values of these rows, lower the "
+        'learning rates, or leave such steps out by engine.bad_steps = "skip"'
+    )
+
+
 def _evaluate(
     trainee: Trainee,
     phase: PhaseConfig,
@@ -162,6 +229,7 @@ def _evaluate(
     log: RunLog,
     name: str,
 ) -> None:
+    heartbeat.at(f"{name}, evaluation after step {position.steps}")
     trainee.engine.train(False)
     scores = evaluate()
     trainee.engine.train(True)
@@ -181,26 +249,20 @@ def _evaluate(
 
 
 class _Meter:
-    """The mean loss since the last look, over all ranks; stops a run that has gone astray."""
+    """The mean loss of some steps, over all ranks; stops a run whose weights have gone astray."""
 
     def __init__(self, trainee: Trainee, name: str) -> None:
         self.ranks, self.name = trainee.ranks, name
         self._diagnose = trainee.diagnose
         self._sum: torch.Tensor | float = 0.0
         self._count = 0
-        self._shown = ""
+        self.shown = ""
 
-    def add(self, loss: torch.Tensor, step: int) -> str:
+    def add(self, loss: torch.Tensor, step: int) -> None:
         self._sum, self._count = self._sum + loss, self._count + 1
         if self._count == LOSS_EVERY:
             mean = sum(self.ranks.gather(float(self._sum))) / self._count
-            if not torch.isfinite(torch.tensor(mean)):
-                raise UserError(
-                    f"{self.name}: the loss is {mean} in the {LOSS_EVERY} steps before {step}; "
-                    "lower the learning rates, or look for values far out of range in the rows"
-                )
             wrong = self._diagnose()
             if wrong is not None:
                 raise UserError(f"{self.name}: step {step}: {wrong}")
-            self._sum, self._count, self._shown = 0.0, 0, f"loss {mean:.4f}"
-        return self._shown
+            self._sum, self._count, self.shown = 0.0, 0, f"loss {mean:.4f}"

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,8 @@ class RunLog:
         if not speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
         if tracking.wandb != "disabled":
             self._wandb = wandb.init(
                 project=tracking.project,
@@ -56,6 +58,19 @@ class RunLog:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             self._wandb.log({f"{phase}/{name}": value for name, value in numbers.items()})
 
+    def bad_step(self, phase: str, step: int, rows: dict[str, list[int]]) -> None:
+        """A line for a step that was skipped: the ids of the rows that spoiled it, by domain."""
+        self.metrics(phase, {"step": step, "bad_rows": rows})
+
+    def bad_steps(self) -> dict[str, int]:
+        """How many steps of each phase were skipped, in all starts of the run together."""
+        if not self.speaks:
+            return {}
+        lines = map(_parsed, self._path.read_text(encoding="utf-8").splitlines())
+        # a step is taken again, and skipped again, after a restart
+        skipped = {(line["phase"], line["step"]) for line in lines if "bad_rows" in line}
+        return dict(Counter(phase for phase, _ in sorted(skipped)))
+
     def pictures(self, files: Sequence[Path]) -> None:
         """These PNG files go to wandb, each by its own name."""
         if self._wandb is not None and files:
@@ -66,6 +81,14 @@ class RunLog:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of the metrics file; empty where a run that was killed has left half of one."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 class Progress:

@@ -20,6 +20,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """The `[faults]` section of a run file; it may be another one when a run is continued."""
+
+    timeout_seconds: float = TIMEOUT.total_seconds()
+    """How long a rank waits for the others before it ends and says who was missing. More than the
+    longest work that the first rank does alone."""
+    grace_seconds: float = 25.0
+    """From SIGTERM to the end, saved or not. torchrun kills after 30, as Kubernetes does."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_seconds <= 0 or self.grace_seconds < 0:
+            raise UserError(
+                f"faults: timeout_seconds = {self.timeout_seconds:g} and grace_seconds = "
+                f"{self.grace_seconds:g}; the first is above 0, the second not below"
+            )
+
+
+@dataclass(frozen=True)
 class Ranks:
     """One process of a run."""
 
@@ -55,6 +73,14 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return tuple(found.nonzero()[:, 0].tolist())
 
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, whether it is up on some rank; one all-reduce of as many bytes."""
+        if self.world == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return tuple(votes.bool().tolist())
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in order, on every rank."""
         box: list[Any] = [None] * self.world
@@ -78,8 +104,9 @@ def together(ranks: Ranks, where: Path | str, act: Callable[[], T]) -> list[T]:
     return [value for value, _ in gathered]
 
 
-def start(timeout: timedelta = TIMEOUT) -> Ranks:
+def start(faults: FaultsConfig | None = None) -> Ranks:
     """Join the process group that torchrun describes, or be a group of one without it."""
+    timeout = timedelta(seconds=(faults or FaultsConfig()).timeout_seconds)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:

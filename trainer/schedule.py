@@ -73,6 +73,7 @@ def _train(
         "adapted": adapted.to_dict() if adapted else None,
         "kept": [adapter.domain for adapter in kept],
         "skipped": skipped,
+        "bad_steps": log.bad_steps(),
         "sizes": sizes(trunk, kept),
     }
     if ranks.first:

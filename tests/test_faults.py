@@ -1,0 +1,159 @@
+"""Ranks that are killed, told to go, or hang: the run ends as it would have, or says who hung."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data_shards import UserError
+from launch import group
+from launch.drilled import Death, Toll
+from tests.gang import _free_port, gang
+from tests.toy_run import digests, here, recording, toy_config
+from trainer import heartbeat, preemption, ranks
+from trainer.preemption import PreemptedError
+from trainer.ranks import FaultsConfig
+from trainer.schedule import train
+
+pytestmark = pytest.mark.dist
+
+CUT = 17
+SETTINGS = ("adapt.min_rows=80", "adapt.max_epochs=2", "pretrain.checkpoint_every=5")
+LEARNED = ("trunk", "adapters")
+
+
+def _run(toy: Path, output: Path, name: str) -> dict[str, Any]:
+    summary = train(toy_config(toy, output, f"name={name}", *SETTINGS), here())
+    return {**summary, "pretrain_seconds": None}
+
+
+def _digests(run: Path) -> dict[str, str]:
+    """Of all that was learned; the two files that are left out hold seconds."""
+    times = ("state.json", "manifest.json", "adapter.json")
+    return {k: v for k, v in digests(run, LEARNED).items() if not k.endswith(times)}
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The summary and the folder of a run that nothing has disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    return gang(2, _run, toy, output, "run")[0], output / "run"
+
+
+# What rank 1 does not live to do in each start.
+DEATHS = [
+    Death("read", 2, rank=1),
+    Death("step", 8, rank=1),  # the tables have moved, the dense part has not
+    Death("save", 3, rank=1),
+    Death("evaluation", 2, rank=1),
+    Death("save", 10, rank=0),
+    Death("step", 2, rank=1),  # of an adapter
+]
+
+
+def _killed(toy: Path, output: Path, death: Death) -> None:
+    toll = Toll(death if here().rank == death.rank else None, lambda death: None)
+    toll.listen()
+    _run(toy, output, "run")
+    raise AssertionError(f"lived through {toll.counts}")
+
+
+def test_a_rank_killed_anywhere_changes_no_bit(
+    toy: Path, tmp_path: Path, whole: tuple[dict[str, Any], Path]
+) -> None:
+    for death in DEATHS:
+        with pytest.raises(AssertionError, match=f"rank {death.rank} died without a word"):
+            gang(2, _killed, toy, tmp_path, death)
+    [summary, _] = gang(2, _run, toy, tmp_path, "run")
+    assert summary == whole[0]
+    assert _digests(tmp_path / "run") == _digests(whole[1])
+
+
+def _told_to_go(toy: Path, output: Path, phase: str) -> tuple[str, int]:
+    """What a run says when one of its ranks gets SIGTERM in this phase, and its last step."""
+
+    def tell(at: int) -> None:
+        if heartbeat.where() == (phase, CUT % 16 + 1) and not here().first:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not preemption.asked():
+                time.sleep(0.001)
+
+    with preemption.listening(60), recording(tell) as steps:
+        with pytest.raises(PreemptedError) as stopped:
+            _run(toy, output, "run")
+    return str(stopped.value), steps[0].at if steps else -1
+
+
+def test_sigterm_saves_on_all_ranks_and_loses_no_step(
+    toy: Path, tmp_path: Path, whole: tuple[dict[str, Any], Path]
+) -> None:
+    assert (
+        gang(2, _told_to_go, toy, tmp_path, "pretrain") == [("pretrain: saved after step 1", 0)] * 2
+    )
+    said = gang(2, _told_to_go, toy, tmp_path, "adapt books")
+    assert said == [("adapt books: saved after step 1", 1)] * 2, "one step was saved, none is lost"
+    [summary, _] = gang(2, _run, toy, tmp_path, "run")
+    assert summary == whole[0]
+    assert _digests(tmp_path / "run") == _digests(whole[1])
+
+
+def _signalled(grace: float, saves: bool) -> None:
+    with preemption.listening(grace), preemption.saving():
+        if not saves:
+            preemption._saves.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+
+@pytest.mark.parametrize(("saves", "status"), [(False, 75), (True, 143)])
+def test_sigterm_ends_a_process_in_time_whatever_it_does(saves: bool, status: int) -> None:
+    child = os.fork()
+    if child == 0:
+        _signalled(0.1, saves)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+def _hangs(how: str, port: int) -> None:
+    """Rank 1 never comes to the second collective."""
+    ranks.stop()
+    os.environ["MASTER_PORT"] = str(port)
+    group.PATIENCE, heartbeat.EVERY = 1.0, 0.1
+    with group.joined(FaultsConfig(timeout_seconds=2)) as mine:
+        heartbeat.at("pretrain", 7)
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.3)
+        if not mine.first and how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if not mine.first:
+            time.sleep(60)
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("stopped", "no sign of life of"), ("asleep", "the others wait for")]
+)
+def test_a_collective_that_hangs_ends_and_names_who_was_missing(how: str, said: str) -> None:
+    with pytest.raises(AssertionError) as failed:
+        gang(2, _hangs, how, _free_port())
+    wanted = rf"pretrain: {said} rank 1 \(pretrain, step 7; last heard \d+ s ago\); this rank waits"
+    assert re.search(wanted, str(failed.value))
+
+
+def test_restarts_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's"):
+        with group.joined():
+            pass
+
+
+def test_times_of_faults_are_positive() -> None:
+    with pytest.raises(UserError, match="timeout_seconds = 0 and grace_seconds = 25; the first is"):
+        FaultsConfig(timeout_seconds=0)

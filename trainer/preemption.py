@@ -1,0 +1,88 @@
+"""A machine that is wanted back: SIGTERM asks all ranks to save and to leave within a grace time.
+
+A thread of its own hears the signal, because a rank that waits for others runs no Python. Where
+there is nothing to save that is not on disk already, it ends the process at once.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SAVED, LATE = 75, 143  # 75: sysexits.h, "try again later"; 143: what SIGTERM itself gives
+LOOK = 0.05  # seconds
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_asked = threading.Event()
+_saves = threading.Event()
+
+
+class PreemptedError(Exception):
+    """All ranks have agreed to stop, and what they have learned is saved."""
+
+
+def leave_with_torchrun() -> None:
+    """End as soon as torchrun is gone, if it started this process. A rank that outlives it would go
+    on writing to the folder of the run that is started in its place."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+@contextmanager
+def listening(grace_seconds: float) -> Iterator[None]:
+    """Inside, SIGTERM is a request. Only the main thread may ask for that."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    hearing = threading.Thread(target=_hear, args=(reader, grace_seconds), daemon=True)
+    hearing.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        writer.close()
+        hearing.join(LOOK)
+        reader.close()
+
+
+def asked() -> bool:
+    """Whether this rank has been told to stop; others may not have been."""
+    return _asked.is_set()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Inside, the steps ask for `asked` and save; outside, SIGTERM ends the process at once.
+
+    After an error it is left to that error how the process ends.
+    """
+    _saves.set()
+    yield
+    _saves.clear()
+
+
+def _hear(reader: socket.socket, grace_seconds: float) -> None:
+    heard = reader.recv(64)
+    while heard and signal.SIGTERM not in heard:  # other signals come by the same way
+        heard = reader.recv(64)
+    if not heard:
+        return
+    _asked.set()
+    deadline = time.monotonic() + grace_seconds
+    while _saves.is_set() and time.monotonic() < deadline:
+        time.sleep(LOOK)
+    if _saves.is_set():
+        _leave(LATE, f"not saved within {grace_seconds:g} s; the checkpoint before stands")
+    _leave(SAVED, "nothing to save; start the same command again to go on")
+
+
+def _leave(status: int, text: str) -> None:
+    print(f"stopped by SIGTERM: {text}", file=sys.stderr, flush=True)
+    os._exit(status)
