@@ -135,16 +135,16 @@ def synthetic_trunk(setting: Setting, fields: int, rows: int) -> Trunk:
     return empty_trunk(setting.run, setting.ranks, schema, sizes, "")
 
 
-def synthetic_batches(trunk: Trunk, number: int) -> list[Batch]:
+def synthetic_batches(trunk: Trunk, number: int, size: int = BATCH) -> list[Batch]:
     """Uniform ids: the worst case for caches, real ones are skewed."""
     rng = np.random.default_rng(1)
-    ids = {key: rng.integers(0, size, BATCH * number) for key, size in trunk.rows.items()}
-    label = (rng.random(BATCH * number) < 0.2).astype(np.float32)
+    ids = {key: rng.integers(0, rows, size * number) for key, rows in trunk.rows.items()}
+    label = (rng.random(size * number) < 0.2).astype(np.float32)
     rows = pa.table({"row_id": np.arange(len(label)), "label": label, **ids})
-    domain = np.zeros(BATCH, np.int64)
+    domain = np.zeros(size, np.int64)
     return [
-        encode_batch(trunk.schema, rows.slice(start, BATCH), domain)
-        for start in range(0, len(rows), BATCH)
+        encode_batch(trunk.schema, rows.slice(start, size), domain)
+        for start in range(0, len(rows), size)
     ]
 
 

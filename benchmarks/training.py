@@ -40,6 +40,7 @@ from benchmarks.sides import (
     synthetic_trunk,
 )
 from embeddings import Embedder
+from models.backbones import DeepConfig
 from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.model import Model
@@ -58,6 +59,7 @@ def movielens(setting: Setting) -> dict[str, Any]:
     multi = [trunk.rows[field.name] for field in trunk.schema.ids if field.multi]
     single = [trunk.rows[field.name] for field in trunk.schema.ids if not field.multi]
     network = setting.run.backbone
+    assert isinstance(network, DeepConfig)
     plain = PlainTorch(single, multi, setting.run.tables.dim, network.hidden, network.dropout)
     peer = PlainTraining(plain)
     slices = endless(lambda _: shuffled(rows, BATCH))
@@ -83,6 +85,7 @@ def million(setting: Setting) -> dict[str, Any]:
     trunk = synthetic_trunk(setting, fields, rows)
     batches = synthetic_batches(trunk, 20)
     ours = phase_1(trunk)
+    assert isinstance(network, DeepConfig)
     none = torch.empty(BATCH, 0, dtype=torch.int64)
     plain_rows = [
         (b.ids.values().view(fields, BATCH).T.contiguous(), none, b.label) for b in batches

@@ -8,7 +8,7 @@ from models.backbones import BackboneConfig, Inputs
 from models.encoder import EncoderConfig
 from models.method import Features, Method, Seen, Tokens
 from models.mlora import MLoRA, MLoRAConfig
-from models.shared_bottom import SharedBottom, SharedBottomConfig
+from models.multi_domain import BASELINES, Baseline, BaselineConfig
 from models.ufin import UFIN
 from models.ufin_config import UFINConfig
 from models.unictr import UniCTR, UniCTRConfig
@@ -28,13 +28,17 @@ class Parts:
     """All id fields; `inputs.fields` are those that the shared part reads."""
 
 
-MethodConfig = MLoRAConfig | UniCTRConfig | UFINConfig | SharedBottomConfig
+def _built_by(baseline: Baseline) -> Callable[[Any, Parts], Method]:
+    return lambda config, parts: baseline(parts.inputs, config, parts.seed)
+
+
+MethodConfig = MLoRAConfig | UniCTRConfig | UFINConfig | BaselineConfig
 # Any: each takes its own config
 METHODS: dict[str, Callable[[Any, Parts], Method]] = {
     "mlora": lambda config, parts: MLoRA(parts.inputs, parts.backbone, config),
     "unictr": lambda config, parts: UniCTR(parts.inputs, parts.encoder, config, parts.seed),
     "ufin": lambda config, parts: UFIN(parts.inputs, parts.text_width, parts.ids, config),
-    "shared_bottom": lambda config, parts: SharedBottom(parts.inputs, config, parts.seed),
+    **{name: _built_by(baseline) for name, baseline in BASELINES.items()},
 }
 
 __all__ = [
@@ -48,8 +52,6 @@ __all__ = [
     "MethodConfig",
     "Parts",
     "Seen",
-    "SharedBottom",
-    "SharedBottomConfig",
     "Tokens",
     "UFINConfig",
     "UniCTR",

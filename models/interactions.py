@@ -21,18 +21,18 @@ from models.semantic_experts import glorot_each
 class ExpertShape:
     """What interaction experts are like; each kind reads its own part of it."""
 
-    experts: int
     fields: int
     dim: int
-    orders: int
-    """Order vectors of an Euler expert"""
-    hidden: tuple[int, ...]
-    """Of an MLP"""
-    dropout: float
     depth: int
-    """Layers of any other kind"""
+    """Layers of CrossNet, CIN or attention"""
     width: int
     """Of an attention head, or feature maps of CIN"""
+    experts: int = 1
+    orders: int = 0
+    """Order vectors of an Euler expert"""
+    hidden: tuple[int, ...] = ()
+    """Of an MLP"""
+    dropout: float = 0.0
 
 
 class Interaction(nn.Module, ABC):

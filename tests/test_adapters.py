@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import Features, MLoRA, MLoRAConfig
-from models.backbones import BackboneConfig, Inputs
+from models.backbones import Inputs, MLPConfig
 from tests.toy_method import (
     ABC,
     BIAS,
@@ -122,7 +122,7 @@ def test_m4_a_domains_rows_give_no_gradient_to_another(backbone: str, bias: bool
     ],
 )
 def test_m5_counts_of_the_papers_sizes(dim: int, alpha: int, own: int, shared: int) -> None:
-    backbone = BackboneConfig("mlp", (256, 128, 64))
+    backbone = MLPConfig((256, 128, 64))
     method = MLoRA(Inputs(3, dim, 0), backbone, MLoRAConfig(alpha=alpha))
     method.add_domain("a", seed=1)
     assert sum(t.numel() for t in method.adapter("a").values()) == own

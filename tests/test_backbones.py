@@ -1,19 +1,33 @@
 """Every backbone against its paper's equations, written out for one row at a time in float64."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from data_shards import UserError
 from models import euler
-from models.backbones import BACKBONES, Backbone, BackboneConfig, Inputs
-from tests.toy_method import stir, without_dropout
+from models.backbones import BACKBONES, Backbone, FiBiNETConfig, Inputs, IntTowerConfig
+from models.backbones.fibinet import FiBiNET
+from models.backbones.inttower import IntTower
+from tests.equations import EQUATIONS
+from tests.toy_method import inputs_of, stir, without_dropout
 
 EVERY = pytest.mark.parametrize("name", BACKBONES)
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in BACKBONES),
+    ("pnn", {"product": "outer"}),
+    ("dcnv2", {"structure": "stacked"}),
+    ("dcnv2", {"rank": 2}),
+    ("fibinet", {"bilinear": "all"}),
+    ("fibinet", {"bilinear": "each", "reduction": 1}),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,63 +38,13 @@ def exact_logarithms() -> Iterator[None]:
         yield
 
 
-def _deep(backbone: Backbone, x: Tensor) -> Tensor:
-    for layer in backbone.deep.layers:  # type: ignore[union-attr]
-        x = F.relu(layer.linear.weight @ x + layer.linear.bias)  # type: ignore[union-attr]
-    return x
-
-
-def _out(backbone: Backbone, x: Tensor) -> Tensor:
-    return (backbone.out.weight @ x + backbone.out.bias)[0]  # type: ignore[union-attr, operator]
-
-
-def _mlp(backbone: Backbone, emb_FD: Tensor, first_F: Tensor, numbers: Tensor) -> Tensor:
-    return _out(backbone, _deep(backbone, torch.cat([*emb_FD, numbers])))
-
-
-def _deepfm(backbone: Backbone, emb_FD: Tensor, first_F: Tensor, numbers: Tensor) -> Tensor:
-    fields = range(len(emb_FD))
-    pairs = [emb_FD[i] @ emb_FD[j] for i in fields for j in fields if i < j]
-    return sum([*first_F, *pairs], start=_mlp(backbone, emb_FD, first_F, numbers))
-
-
-def _dcn(backbone: Backbone, emb_FD: Tensor, first_F: Tensor, numbers: Tensor) -> Tensor:
-    x0 = x = torch.cat([*emb_FD, numbers])
-    for w, b in zip(backbone.cross.kernels, backbone.cross.bias, strict=True):  # type: ignore[union-attr]
-        x = x0 * (x @ w[:, 0]) + b[:, 0] + x
-    return _out(backbone, torch.cat([x, _deep(backbone, x0)]))
-
-
-def _eulernet(backbone: Backbone, emb_FD: Tensor, first_F: Tensor, numbers: Tensor) -> Tensor:
-    """In complex numbers, whose own power has the principal phase."""
-    parts = backbone.get_parameter
-    of_numbers = (
-        [x * unit for x, unit in zip(numbers, parts("unit"), strict=True)] if len(numbers) else []
-    )
-    phase = torch.stack([*emb_FD, *of_numbers])
-    z_FD = parts("mu").unsqueeze(1) * torch.exp(1j * phase)
-    for i in range(2):
-        layer = f"layers.{i}."
-        bias = torch.complex(parts(layer + "log_bias"), parts(layer + "phase_bias")).T
-        explicit = torch.stack(
-            [(z_FD ** order.unsqueeze(1)).prod(0) for order in parts(layer + "orders").T]
-        )
-        weight, b = parts(layer + "implicit.linear.weight"), parts(layer + "implicit.linear.bias")
-        flat = z_FD.T.flatten()
-        implicit = torch.complex(*(F.relu(weight @ part + b) for part in (flat.real, flat.imag)))
-        z_FD = explicit * torch.exp(bias) + implicit.view_as(bias.T).T
-    flat = z_FD.T.flatten()
-    return _out(backbone, flat.real) + _out(backbone, flat.imag)
-
-
-EQUATIONS = {"mlp": _mlp, "deepfm": _deepfm, "dcn": _dcn, "eulernet": _eulernet}
-
-sizes = st.builds(Inputs, st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
+sizes = st.builds(inputs_of, st.integers(2, 4), st.integers(1, 5), st.integers(0, 3))
 hidden = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
 
 
-def _backbone(name: str, inputs: Inputs, hidden: tuple[int, ...], cross: int = 2) -> Backbone:
-    backbone = BACKBONES[name](inputs, without_dropout(name, hidden, cross)).double()
+def _backbone(name: str, inputs: Inputs, hidden: tuple[int, ...], **options: Any) -> Backbone:
+    config = without_dropout(name, hidden, **options)
+    backbone = BACKBONES[name](inputs, config).double()
     stir((p.data for p in backbone.parameters()), name)
     return backbone
 
@@ -102,16 +66,23 @@ def test_every_backbone_has_its_equations_here() -> None:
     assert EQUATIONS.keys() == BACKBONES.keys()
 
 
-@EVERY
-@settings(max_examples=30)
-@given(inputs=sizes, hidden=hidden, cross=st.integers(1, 3), rows=st.integers(1, 5))
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@settings(max_examples=12)
+@given(inputs=sizes, hidden=hidden, cross=st.integers(1, 3), rows=st.integers(1, 3))
 def test_a_backbone_is_its_equations(
-    name: str, inputs: Inputs, hidden: tuple[int, ...], cross: int, rows: int
+    name: str,
+    options: dict[str, Any],
+    inputs: Inputs,
+    hidden: tuple[int, ...],
+    cross: int,
+    rows: int,
 ) -> None:
-    backbone = _backbone(name, inputs, hidden, cross)
+    config = without_dropout(name, hidden, cross, **options)
+    backbone = _backbone(name, inputs, hidden, cross=cross, **options)
     features = _rows(inputs, rows)
     logit = backbone(*features, _none(rows))
-    expected = torch.stack([EQUATIONS[name](backbone, *row) for row in zip(*features, strict=True)])
+    each = zip(*features, strict=True)
+    expected = torch.stack([EQUATIONS[name](backbone, config, row) for row in each])
     torch.testing.assert_close(logit, expected, rtol=1e-10, atol=1e-10)
     inner = [*features, *backbone.parameters()]
     got, wanted = (
@@ -123,7 +94,7 @@ def test_a_backbone_is_its_equations(
 
 @EVERY
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    inputs = Inputs(fields=3, dim=2, numbers=2)
+    inputs = inputs_of(3, 2, 2)
     backbone, features = _backbone(name, inputs, (5, 4)), _rows(inputs, 3)
     assert torch.autograd.gradcheck(lambda *x: backbone(*x, _none(3)), features)
 
@@ -131,7 +102,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 @EVERY
 @pytest.mark.parametrize("training", [False, True])
 def test_no_row_looks_at_another(name: str, training: bool) -> None:
-    inputs = Inputs(fields=3, dim=4, numbers=2)
+    inputs = inputs_of(3, 4, 2)
     backbone = _backbone(name, inputs, (8, 5)).train(training)
     features = _rows(inputs, 9)
     logit = backbone(*features, _none(9))
@@ -144,8 +115,10 @@ def test_no_row_looks_at_another(name: str, training: bool) -> None:
 
 @EVERY
 def test_dropout_works_in_training_alone(name: str) -> None:
-    inputs = Inputs(fields=3, dim=4, numbers=0)
-    backbone = BACKBONES[name](inputs, BackboneConfig(name, (64,), dropout=0.5)).double()
+    inputs = inputs_of(3, 32, 0)
+    config = without_dropout(name, (64,))
+    which = "explicit_dropout" if name == "eulernet" else "dropout"
+    backbone = BACKBONES[name](inputs, replace(config, **{which: 0.5})).double()
     features = _rows(inputs, 20)
     once, twice = (backbone(*features, _none(20)) for _ in range(2))
     assert (once != twice).all()
@@ -155,7 +128,79 @@ def test_dropout_works_in_training_alone(name: str) -> None:
 
 @EVERY
 def test_only_who_asks_reads_first_order_weights(name: str) -> None:
-    backbone, features = _backbone(name, Inputs(3, 4, 2), (8, 5)), _rows(Inputs(3, 4, 2), 6)
+    inputs = inputs_of(3, 4, 2)
+    backbone, features = _backbone(name, inputs, (8, 5)), _rows(inputs, 6)
     logit = backbone(*features, _none(6))
     first = torch.autograd.grad(logit.sum(), features[1], materialize_grads=True)[0]
     assert torch.equal(first, torch.full_like(first, float(BACKBONES[name].first_order)))
+
+
+def _mlp_size(*widths: int) -> int:
+    return sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+
+
+# For 4 fields of 6 floats, 2 numbers, hidden layers of 10 and 5, and what `without_dropout` says.
+PLAIN = _mlp_size(26, 10, 5, 1)
+SIZES = {
+    ("mlp", ()): PLAIN,
+    ("wide_deep", ()): PLAIN,
+    ("nfm", ()): _mlp_size(8, 10, 5, 1),
+    ("afm", ()): 6 * 3 + 3 + 3 + 8 + 1,
+    ("autoint", ()): PLAIN + 4 * 6 * (6 + 1) + 4 * 6 * (6 + 1) + 4 * 6 + 1,
+    ("pnn", ()): _mlp_size(26 + 6, 10, 5, 1),
+    ("pnn", (("product", "outer"),)): _mlp_size(26 + 36, 10, 5, 1),
+    ("dcn", ()): PLAIN + 26 + 2 * (26 + 26),
+    ("dcnv2", ()): PLAIN + 26 + 2 * (26 * 26 + 26),
+    ("dcnv2", (("rank", 3),)): PLAIN + 26 + 2 * (2 * 26 * 3 + 26),
+    ("dcnv2", (("structure", "stacked"),)): PLAIN + 2 * (26 * 26 + 26),
+    ("fibinet", ()): _mlp_size(2 * 6 * 6 + 2, 10, 5, 1) + 2 * 4 + 6 * 36,
+    ("fibinet", (("bilinear", "all"),)): _mlp_size(2 * 6 * 6 + 2, 10, 5, 1) + 2 * 4 + 36,
+    ("fibinet", (("bilinear", "each"),)): _mlp_size(2 * 6 * 6 + 2, 10, 5, 1) + 2 * 4 + 3 * 36,
+    ("deepfm", ()): PLAIN,
+    ("xdeepfm", ()): PLAIN + 3 * (4 * 4 + 1) + 3 * (3 * 4 + 1) + 2 * 3 + 1,
+    ("eulernet", ()): 6
+    + 2 * 6
+    + (6 * 4 + 2 * 6 * 4 + _mlp_size(36, 24))
+    + (4 * 3 + 2 * 6 * 3 + _mlp_size(24, 18))
+    + 19,
+    ("inttower", ()): 3 * 4
+    + 1 * 2
+    + _mlp_size(3 * 6 + 1, 10, 5)
+    + _mlp_size(6 + 1, 10, 5)
+    + 6 * (10 + 1)
+    + 2 * 6 * (5 + 1),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), SIZES)
+def test_a_backbone_has_as_many_weights_as_its_paper_says(
+    name: str, options: tuple[tuple[str, Any], ...]
+) -> None:
+    backbone = BACKBONES[name](inputs_of(4, 6, 2), without_dropout(name, (10, 5), **dict(options)))
+    assert sum(p.numel() for p in backbone.parameters()) == SIZES[name, options]
+
+
+@EVERY
+def test_first_weights_are_glorots_and_biases_zero(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = BACKBONES[name](inputs_of(6, 40, 2), without_dropout(name, (300, 200)))
+    implicit = set(backbone.adaptable().values()) if name == "eulernet" else set()
+    small = {id(layer.linear) for layer in implicit}  # 0.01, as its authors have it
+    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
+    assert any(layer.weight.numel() > 500 for layer in layers) or name == "afm"
+    for layer in layers:
+        std = 0.01 if id(layer) in small else math.sqrt(2 / sum(layer.weight.shape))
+        if layer.weight.numel() > 500:
+            assert float(layer.weight.std()) == pytest.approx(std, rel=0.15)
+        assert layer.bias is None or not (layer.bias.any() and id(layer) not in small)
+
+
+def test_a_tower_without_fields_is_refused() -> None:
+    for places, side in (((), "user or context"), ((0, 1), "item")):
+        with pytest.raises(UserError, match=f"inttower: all id fields are of side {side}, .* give"):
+            IntTower(Inputs(2, 4, 0, places), IntTowerConfig())
+
+
+def test_one_field_makes_no_pair() -> None:
+    with pytest.raises(UserError, match="fibinet pairs id fields; give data.fields two or more"):
+        FiBiNET(Inputs(1, 4, 0), FiBiNETConfig())

@@ -119,6 +119,8 @@ def test_a_difference_is_named_by_its_key(small: Path) -> None:
         ('test=["held"]', "test: unknown split 'held'"),
         ("data.split.parts={a=0.5}", "data.split: .*sum to 0.5; they must sum to 1"),
         ("method={alpha=4}", "method: name is missing; there are: mlora, unictr"),
+        ("backbone.name=dnc", "backbone: unknown name 'dnc'; the nearest is 'dcn'"),
+        ("backbone.cross_layers=2", "unknown key backbone.cross_layers; known: "),
         ("method.name=mlora2", "method: unknown name 'mlora2'; the nearest is 'mlora'"),
         ('tables.pinned={usr="row_wise"}', "unknown table in tables.pinned 'usr'; .*'user'"),
         ("adapt.metric=mauc", "adapt: unknown metric 'mauc'; the nearest is 'auc'"),

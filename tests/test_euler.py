@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from data_shards import UserError
 from models import MLoRA, MLoRAConfig, euler
-from models.backbones import BackboneConfig, Inputs
+from models.backbones import EulerNetConfig, Inputs
 from models.backbones.eulernet import EulerNet
 from models.euler import EulerWeights, Polar, euler_nets, first_weights, polar, powers
 from tests.toy_method import stir
 
 NONE = torch.zeros(())
-CONFIG = BackboneConfig("eulernet", explicit_dropout=0.0, implicit_dropout=0.0)
+CONFIG = EulerNetConfig(explicit_dropout=0.0, implicit_dropout=0.0)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def _explicit(real: Tensor, imag: Tensor, orders: Tensor) -> tuple[Tensor, Tenso
     return _rectangular(powers(polar(real, imag), orders, NONE, NONE))
 
 
-def _backbone(config: BackboneConfig, inputs: Inputs) -> EulerNet:
+def _backbone(config: EulerNetConfig, inputs: Inputs) -> EulerNet:
     torch.manual_seed(0)
     backbone = EulerNet(inputs, config).double()
     stir((p.data for p in backbone.parameters()), "euler")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_shards import UserError
 from models import METHODS, EncoderConfig, MLoRA, MLoRAConfig, Parts
-from models.backbones import BackboneConfig
+from models.backbones import MLPConfig
 from tests.toy_method import (
     ABC,
     BIAS,
@@ -117,7 +117,7 @@ def test_without_its_last_domain_a_method_is_plain_again() -> None:
 
 
 def test_a_method_is_found_by_its_configs_name() -> None:
-    parts = Parts(INPUTS, BackboneConfig("mlp", (4,)), EncoderConfig(), seed=1)
+    parts = Parts(INPUTS, MLPConfig((4,)), EncoderConfig(), seed=1)
     assert isinstance(METHODS[MLoRAConfig().name](MLoRAConfig(), parts), MLoRA)
 
 
@@ -133,11 +133,6 @@ def test_an_unknown_domain_names_those_there_are(loaded: tuple[str, ...], named:
     for act in (method.adapter, method.remove_domain):
         with pytest.raises(UserError, match=f"no adapter for domain 'toys' .* loaded: {named}$"):
             act("toys")
-
-
-def test_an_unknown_backbone_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"backbone\.name: unknown 'dnc'; .* mlp, deepfm, dcn"):
-        fresh("dnc", ())
 
 
 def test_an_unknown_layer_names_those_there_are() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from data_shards import UserError
 from models import METHODS, UFIN, EncoderConfig, Features, Parts, UFINConfig
-from models.backbones import BackboneConfig, Inputs
+from models.backbones import Inputs, MLPConfig
 from tests.toy_method import ABC, copies, same, stir
 from tests.toy_ufin import (
     CONFIGS,
@@ -225,7 +225,7 @@ def test_a_domains_own_tables_learn_from_zeros(adaptor: str) -> None:
 
 
 def _build(config: UFINConfig, text: int = TEXT, inputs: Inputs = INPUTS, ids: int = IDS) -> UFIN:
-    parts = Parts(inputs, BackboneConfig(), EncoderConfig(), 1, text, ids)
+    parts = Parts(inputs, MLPConfig(), EncoderConfig(), 1, text, ids)
     method = METHODS["ufin"](config, parts)
     assert isinstance(method, UFIN)
     return method

@@ -2,6 +2,8 @@
 
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,10 +12,27 @@ from torch import Tensor
 from models import Features, MLoRA, MLoRAConfig
 from models.backbones import BACKBONES, BackboneConfig, Inputs
 
-INPUTS = Inputs(fields=3, dim=4, numbers=2)
+
+def inputs_of(fields: int, dim: int, numbers: int) -> Inputs:
+    """The last field and the first number are the item's."""
+    return Inputs(fields, dim, numbers, (fields - 1,), (0,)[:numbers])
+
+
+INPUTS = inputs_of(fields=3, dim=4, numbers=2)
 WIDTH = 8  # of a table's row: the vector, a first-order weight and three spare columns
 CONFIG = MLoRAConfig(alpha=4)
 ABC = ("a", "b", "c")
+CONFIGS: dict[str, type] = {kind().name: kind for kind in get_args(BackboneConfig)}
+SMALL: dict[str, Any] = {
+    "dropout": 0.0,
+    "explicit_dropout": 0.0,
+    "implicit_dropout": 0.0,
+    "orders": (4, 3),
+    "attention": 3,
+    "depth": 2,
+    "width": 3,
+    "heads": 2,
+}
 EVERY = pytest.mark.parametrize("backbone", BACKBONES)
 BIAS = pytest.mark.parametrize("bias", [False, True])
 
@@ -29,11 +48,14 @@ def fresh(
     return method.eval()
 
 
-def without_dropout(name: str, hidden: tuple[int, ...], cross: int = 2) -> BackboneConfig:
-    """A backbone with two layers of Euler and cross interactions."""
-    return BackboneConfig(
-        name, hidden, 0.0, cross, orders=(4, 3), explicit_dropout=0.0, implicit_dropout=0.0
-    )
+def without_dropout(
+    name: str, hidden: tuple[int, ...], cross: int = 2, **options: Any
+) -> BackboneConfig:
+    """A small backbone; where it has layers of interactions, two of them."""
+    kind = CONFIGS[name]
+    known = {field.name for field in fields(kind)}
+    small = {**SMALL, "hidden": hidden, "cross_layers": cross}
+    return kind(**{**{key: small[key] for key in small if key in known}, **options})
 
 
 def trained(

@@ -18,7 +18,7 @@ from data_shards.sources import TableConfig
 from data_shards.text_parts import TextConfig
 from embeddings import TablesConfig
 from models import EncoderConfig, MethodConfig, MLoRAConfig
-from models.backbones import BackboneConfig
+from models.backbones import BackboneConfig, MLPConfig
 from trainer.engine import EngineConfig
 from trainer.phases import AdaptConfig, PretrainConfig, TeacherConfig
 from trainer.ranks import FaultsConfig
@@ -102,7 +102,9 @@ class RunConfig:
     """Splits whose rows the final table is about."""
     reading: Reading = field(default_factory=Reading)
     tables: TablesConfig = field(default_factory=TablesConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: Annotated[BackboneConfig, pydantic.Field(discriminator="name")] = field(
+        default_factory=MLPConfig
+    )
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     method: Annotated[MethodConfig, pydantic.Field(discriminator="name")] = field(
         default_factory=MLoRAConfig
@@ -201,6 +203,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     """Build the config; an unknown key or a value of another type names the key and the way out."""
+    if isinstance(data.get("backbone"), Mapping):
+        data = {**data, "backbone": {"name": "mlp", **data["backbone"]}}
     _refuse_unknown_keys(RunConfig, data, where, "")
     try:
         return pydantic.TypeAdapter(RunConfig).validate_python(data)
@@ -289,7 +293,7 @@ def _members(hint: Any) -> list[Any]:
 def _first_problem(error: pydantic.ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     # pydantic names the kind of a section as if it were a key
-    tagged = ("source", "method")
+    tagged = ("source", "backbone", "method")
     loc = [part for before, part in pairwise(("", *problem["loc"])) if before not in tagged]
     key = ".".join(str(part) for part in loc) or "run file"
     message = problem["msg"].removeprefix("Value error, ")

@@ -1,10 +1,13 @@
 """The phases of a run, as its file describes them: which rows, how fast, until when."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import pydantic
 
 from data_shards import UserError
 from data_shards.errors import unknown
-from models.backbones import BackboneConfig
+from models.backbones import BackboneConfig, EulerNetConfig
 from trainer.metrics import METRICS
 
 
@@ -61,6 +64,8 @@ class TeacherConfig(PhaseConfig):
     learns from (UFIN II-D3). Its tables are as wide as the run's."""
 
     metric: str = "auc"
-    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(name="eulernet"))
+    backbone: Annotated[BackboneConfig, pydantic.Field(discriminator="name")] = field(
+        default_factory=EulerNetConfig
+    )
     without: tuple[str, ...] = ()
     """Domains that have no teacher, such as those of one class: nothing is distilled there."""

@@ -1,7 +1,7 @@
 """The trunk is what phase 1 trains: sharded tables and the shared dense tensors."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_shards import Index, Loader, Location, Rows, Schema, UserError
+from data_shards import Field, Index, Loader, Location, Rows, Schema, UserError
 from data_shards.prompted import Prompter
 from data_shards.schema import canonical
 from data_shards.sidecars import Sidecar
@@ -150,10 +150,6 @@ def empty_trunk(
 
 def row_width(config: RunConfig) -> int:
     """Floats of one table row, see `table_width`."""
-    if config.backbone.name not in BACKBONES:
-        raise UserError(
-            f"backbone.name: unknown {config.backbone.name!r}; there are: {', '.join(BACKBONES)}"
-        )
     return table_width(config.tables.dim, BACKBONES[config.backbone.name].first_order)
 
 
@@ -161,7 +157,13 @@ def new_method(config: RunConfig, schema: Schema, text_width: int = 0) -> Method
     """First weights are a pure function of the seed."""
     read = [field for field in schema.ids if config.method.reads(field)]
     parts = Parts(
-        inputs=Inputs(len(read), config.tables.dim, len(schema.numbers)),
+        inputs=Inputs(
+            len(read),
+            config.tables.dim,
+            len(schema.numbers),
+            item_fields=_of_items(read),
+            item_numbers=_of_items(schema.numbers),
+        ),
         backbone=config.backbone,
         encoder=config.encoder,
         seed=config.seed,
@@ -171,6 +173,11 @@ def new_method(config: RunConfig, schema: Schema, text_width: int = 0) -> Method
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         return METHODS[config.method.name](config.method, parts)
+
+
+def _of_items(fields: Sequence[Field]) -> tuple[int, ...]:
+    """The places of those that tell of the item."""
+    return tuple(place for place, field in enumerate(fields) if field.side == "item")
 
 
 def copy_into(target: dict[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:

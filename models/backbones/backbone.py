@@ -1,11 +1,11 @@
 """What every backbone offers, and what it is told.
 
-Shapes: B rows, F fields, D the embedding's width, n numbers.
+Shapes: B rows, F fields, D the embedding's width, n numbers, P = F (F - 1) / 2 pairs of fields.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,19 +13,12 @@ from models.adapters import DomainLinear
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    """The `[backbone]` section of a run file. Defaults: MLoRA 4.3."""
+class DeepConfig:
+    """What the MLP of a backbone is like. Defaults: MLoRA 4.3, the same for every backbone."""
 
-    name: str = "mlp"
     hidden: tuple[int, ...] = (256, 128, 64)
     dropout: float = 0.5
-    cross_layers: int = 3
-    orders: tuple[int, ...] = (7,)
-    """Order vectors of each layer of EulerNet; this and what follows as its authors have it on
-    MovieLens."""
-    explicit_dropout: float = 0.3
-    implicit_dropout: float = 0.3
-    layer_norm: bool = False
+    """After each hidden layer."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +28,21 @@ class Inputs:
     fields: int
     dim: int
     numbers: int
+    item_fields: tuple[int, ...] = ()
+    """Places of the fields that tell of the item; the others tell of the user and the context."""
+    item_numbers: tuple[int, ...] = ()
+    """Likewise of the numbers."""
 
 
 class Backbone(nn.Module, ABC):
-    """Vectors to one logit per row. Nothing in it may mix rows."""
+    """Vectors to one logit per row. Nothing in it may mix rows, so none has batch norm."""
 
     first_order: ClassVar[bool] = False
     """Whether each id also has a weight of its own (the linear part of FM and Wide & Deep)."""
 
     @abstractmethod
-    def __init__(self, inputs: Inputs, config: BackboneConfig) -> None:
+    def __init__(self, inputs: Inputs, config: Any) -> None:
+        """`config`: its own dataclass; Any, for each takes another."""
         super().__init__()
 
     @abstractmethod

@@ -1,18 +1,29 @@
 """Deep & Cross Network (Wang et al., 2017): vector cross layers beside an MLP."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torchrec.modules.crossnet import VectorCrossNet
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, BackboneConfig, Inputs
+from models.backbones.backbone import Backbone, DeepConfig, Inputs
 from models.layers import MLP, flat, output_layer
+
+
+@dataclass(frozen=True)
+class DCNConfig(DeepConfig):
+    """The `[backbone]` section of a run file."""
+
+    name: Literal["dcn"] = "dcn"
+    cross_layers: int = 3
 
 
 class DCN(Backbone):
     """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l (Eq. 3), joined with the MLP before the logit."""
 
-    def __init__(self, inputs: Inputs, config: BackboneConfig) -> None:
+    def __init__(self, inputs: Inputs, config: DCNConfig) -> None:
         super().__init__(inputs, config)
         width = inputs.fields * inputs.dim + inputs.numbers
         self.cross = VectorCrossNet(width, config.cross_layers)

@@ -1,10 +1,20 @@
 """DeepFM (Guo et al., 2017): first order + factorization machine + MLP, on shared embeddings."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, BackboneConfig, Inputs
-from models.layers import MLP, flat, output_layer
+from models.backbones.backbone import Backbone, DeepConfig, Inputs
+from models.layers import MLP, all_pairs, flat, output_layer
+
+
+@dataclass(frozen=True)
+class DeepFMConfig(DeepConfig):
+    """The `[backbone]` section of a run file."""
+
+    name: Literal["deepfm"] = "deepfm"
 
 
 class DeepFM(Backbone):
@@ -12,22 +22,14 @@ class DeepFM(Backbone):
 
     first_order = True
 
-    def __init__(self, inputs: Inputs, config: BackboneConfig) -> None:
+    def __init__(self, inputs: Inputs, config: DeepFMConfig) -> None:
         super().__init__(inputs, config)
         self.deep = MLP(inputs.fields * inputs.dim + inputs.numbers, config.hidden, config.dropout)
         self.out = output_layer(self.deep.d_out)
 
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
         deep = self.out(self.deep(flat(emb_BFD, numbers), slot))
-        return first_BF.sum(1) + _all_pairs(emb_BFD) + deep.squeeze(1)
+        return first_BF.sum(1) + all_pairs(emb_BFD).sum(1) + deep.squeeze(1)
 
     def adaptable(self) -> dict[str, DomainLinear]:
         return self.deep.adaptable()
-
-
-def _all_pairs(emb_BFD: Tensor) -> Tensor:
-    """sum_{i<j} <e_i, e_j> of each row [B], at the cost of one pass (Rendle, 2010).
-
-    TorchRec's FactorizationMachine pairs single floats, those of one vector among themselves too.
-    """
-    return (emb_BFD.sum(1).square() - emb_BFD.square().sum(1)).sum(1) / 2

@@ -1,13 +1,28 @@
 """EulerNet (Tian et al., 2023): interactions of learned orders, in the complex plane."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, BackboneConfig, Inputs
+from models.backbones.backbone import Backbone, Inputs
 from models.euler import EulerLayer, full_precision, overflow, precise
 from models.layers import output_layer
+
+
+@dataclass(frozen=True)
+class EulerNetConfig:
+    """The `[backbone]` section of a run file. Defaults: as its authors have it on MovieLens."""
+
+    name: Literal["eulernet"] = "eulernet"
+    orders: tuple[int, ...] = (7,)
+    """Order vectors of each layer."""
+    explicit_dropout: float = 0.3
+    implicit_dropout: float = 0.3
+    layer_norm: bool = False
 
 
 class EulerNet(Backbone):
@@ -18,7 +33,7 @@ class EulerNet(Backbone):
     has no numbers.
     """
 
-    def __init__(self, inputs: Inputs, config: BackboneConfig) -> None:
+    def __init__(self, inputs: Inputs, config: EulerNetConfig) -> None:
         super().__init__(inputs, config)
         _require_sane(config)
         fields = [inputs.fields + inputs.numbers, *config.orders]
@@ -59,7 +74,7 @@ class EulerNet(Backbone):
         return {f"implicit{i}": layer for i, layer in enumerate(layers)}
 
 
-def _require_sane(config: BackboneConfig) -> None:
+def _require_sane(config: EulerNetConfig) -> None:
     if not config.orders or min(config.orders) < 1:
         raise UserError(
             "backbone.orders: order vectors of each layer, 1 or more, such as [7]; not "

@@ -1,16 +1,26 @@
 """The plain multi-layer perceptron over all embeddings."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, BackboneConfig, Inputs
+from models.backbones.backbone import Backbone, DeepConfig, Inputs
 from models.layers import MLP, flat, output_layer
+
+
+@dataclass(frozen=True)
+class MLPConfig(DeepConfig):
+    """The `[backbone]` section of a run file."""
+
+    name: Literal["mlp"] = "mlp"
 
 
 class MLPBackbone(Backbone):
     """logit = w . MLP([e_1, ..., e_F, numbers])."""
 
-    def __init__(self, inputs: Inputs, config: BackboneConfig) -> None:
+    def __init__(self, inputs: Inputs, config: MLPConfig) -> None:
         super().__init__(inputs, config)
         self.deep = MLP(inputs.fields * inputs.dim + inputs.numbers, config.hidden, config.dropout)
         self.out = output_layer(self.deep.d_out)
