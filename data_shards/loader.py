@@ -55,7 +55,7 @@ class Loader:
         say: Callable[[str], None] = _LOG.warning,
         sidecars: Sequence[Sidecar] = (),
     ) -> None:
-        _require_divisible(reading, world_size)
+        require_divisible(reading, world_size)
         folders = [folder] if isinstance(folder, Path | str) else list(folder)
         self.indexes = tuple(Index.load(path) for path in folders)
         require_one_schema(folders, self.indexes)
@@ -206,7 +206,7 @@ def _cache(reading: Reading) -> BlockCache | None:
     return BlockCache(Path(reading.cache_dir), reading.cache_bytes) if reading.cache_dir else None
 
 
-def _require_divisible(reading: Reading, world_size: int) -> None:
+def require_divisible(reading: Reading, world_size: int) -> None:
     for what, count in (("global batch", reading.global_batch), ("number of lanes", reading.lanes)):
         if count % world_size:
             below, above = count - count % world_size, count + -count % world_size

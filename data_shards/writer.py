@@ -78,10 +78,9 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
     `hold_out` domains are left out and count in no vocabulary; with `only_domains` all others
     are. With `base` ids extend the vocabulary of the trunk. The `prompter` makes the schema's field
     of tokens out of the source's rows. Of several parts, which all start
-    with the same choices on a common file system, the first joins the set; the others wait for it.
+    with the same choices on a common file system, the first joins the set; the others wait for it,
+    and one that is started once more, when the set is there, has nothing left to do.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another path or delete it")
     if base is not None and base.schema != schema:
         field = base.schema.first_difference(schema)
         raise UserError(f"the base vocabulary is of another schema: field {field!r} differs")
@@ -98,8 +97,23 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
         base_fingerprint=base.fingerprint if base else None,
         prompter=prompter,
     )
+    if out.exists():
+        return _existing(job, out, part)
     with work_folder(job, out, part.number, part.of):
         return _Writing(job, base, jobs, part, progress).write(out)
+
+
+def _existing(job: Job, out: Path, part: Part) -> Index:
+    """The set that all parts have made already; any other that is there is an error."""
+    if part.of > 1 and (out / "index.json").exists():
+        index = Index.load(out)
+        if (index.schema, index.source, index.split) == (
+            job.schema,
+            job.describe_source(),
+            job.split,
+        ):
+            return index
+    raise UserError(f"{out}: exists already; give another path or delete it")
 
 
 class _Writing:
@@ -118,6 +132,8 @@ class _Writing:
         job = self.job
         if not self.pieces:
             raise UserError("the source has no rows")
+        if self.part.number and not self._todo("blocks"):
+            return self._await_set(out)  # which part 0 may be about to join
         if job.split.counted:
             self._stage("rows", count_piece)
             self._join_counts()
@@ -161,13 +177,16 @@ class _Writing:
 
     def _stage(self, name: str, act: Stage, everyone: bool = True) -> None:
         """Do this part's pieces, then wait for those of the others (if `everyone` is needed)."""
-        todo = [piece for piece in self.mine if not self.job.result(name, piece).exists()]
+        todo = self._todo(name)
         if len(todo) < len(self.mine):
             self.say(f"{name}: {len(self.mine) - len(todo)} pieces are there already")
         do_pieces(name, act, self.job, todo, self.jobs, self._expected(len(todo)), self.say)
         if everyone:
             self._await_others(name)
             self._check_domains(name)
+
+    def _todo(self, name: str) -> list[int]:
+        return [piece for piece in self.mine if not self.job.result(name, piece).exists()]
 
     def _expected(self, todo: int) -> int | None:
         """Rows that the stage will read here, once a stage has counted them."""

@@ -18,49 +18,38 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ModuleSharder
 
 from embeddings.lazy_adam import LazyAdam
+from embeddings.on_the_way import OnTheWay
 from embeddings.table_shard import (
     INIT_ROWS,
+    Place,
     Rows,
+    TablePart,
     TableShard,
     filled_rows,
     first_weights,
     joined_rows,
     place_hash,
 )
-from embeddings.tables import Sharding, Table, TablesConfig
+from embeddings.tables import Sharding, Table, TablesConfig, bags_of
 
 OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
-
-
-class OnTheWay:
-    """Ids between the ranks: first their number is exchanged (`announced`), then they are."""
-
-    def __init__(self, context: Any, awaitable: Any) -> None:
-        self.context = context
-        self._announced, self._ids = awaitable, None
-
-    def announced(self) -> None:
-        """Wait for the numbers and start to move the ids, unless that has been done."""
-        if self._ids is None:
-            self._ids = self._announced.wait()
-
-    def arrived(self) -> Any:
-        """The ids whose rows this rank holds."""
-        self.announced()
-        assert self._ids is not None
-        return self._ids.wait()
 
 
 class _AnySharder(EmbeddingBagCollectionSharder):
@@ -102,7 +91,7 @@ class ShardedTables:
         """Sum-pooled vectors [B, fields, width] in the order of `keys`."""
         return self.vectors(self.send(ids))
 
-    def send(self, ids: KeyedJaggedTensor) -> "OnTheWay":
+    def send(self, ids: KeyedJaggedTensor) -> OnTheWay:
         """Start to move ids to the ranks that hold their rows.
 
         Ids do not depend on weights, so those of the next batch travel while this one trains.
@@ -111,7 +100,7 @@ class ShardedTables:
         context = self._sharded.create_context()
         return OnTheWay(context, self._sharded.input_dist(context, ids))
 
-    def vectors(self, sent: "OnTheWay") -> Tensor:
+    def vectors(self, sent: OnTheWay) -> Tensor:
         """Sum-pooled vectors [B, fields, width] of the ids sent, in the order of `keys`.
 
         Frozen tables are read without a graph: `requires_grad=False` would not stop a fused
@@ -237,24 +226,40 @@ class ShardedTables:
                     part.copy_(first_weights(shard, start, len(part), std[shard.table], seed))
 
 
+def planned(tables: Sequence[Table], config: TablesConfig, place: Place) -> list[TablePart]:
+    """Where each part of each table would lie on ranks that need not be there.
+
+    Raises PlannerError where a rank's memory cannot hold its parts.
+    """
+    # Any: its type says nothing of tables, which a collection's plan is made of.
+    plan: Any = _planner(tables, place).plan(bags_of(tables), [_sharder(config, place.device)])
+    return [
+        TablePart(name, shard.placement.rank(), *shard.shard_offsets, *shard.shard_sizes)
+        for name, sharding in plan.plan[""].items()
+        for shard in sharding.sharding_spec.shards
+    ]
+
+
 def _shard(
     tables: Sequence[Table], config: TablesConfig, device: torch.device
 ) -> DistributedModelParallel:
-    bags = EmbeddingBagCollection(
-        tables=[
-            EmbeddingBagConfig(
-                name=table.field,
-                embedding_dim=table.width,
-                num_embeddings=table.rows,
-                feature_names=[table.field],
-                pooling=PoolingType.SUM,
-            )
-            for table in tables
-        ],
-        device=torch.device("meta"),
+    world, memory = dist.get_world_size(), None
+    if device.type == "cuda":  # TorchRec would take any GPU to have 32 GiB
+        memory = torch.cuda.get_device_properties(device).total_memory
+    place = Place(device.type, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)), memory)
+    bags, sharders = bags_of(tables), [_sharder(config, device.type)]
+    return DistributedModelParallel(
+        bags,
+        device=device,
+        plan=_planner(tables, place).collective_plan(bags, sharders, dist.group.WORLD),
+        sharders=sharders,
+        init_data_parallel=False,
     )
-    on_cpu_adam = config.optimizer == "adam" and device.type == "cpu"
-    sharder = _AnySharder(
+
+
+def _sharder(config: TablesConfig, device: str) -> ModuleSharder[Any]:
+    on_cpu_adam = config.optimizer == "adam" and device == "cpu"
+    return _AnySharder(
         fused_params={
             "optimizer": EmbOptimType.EXACT_SGD if on_cpu_adam else OPTIMIZERS[config.optimizer],
             "learning_rate": config.lr,
@@ -262,28 +267,19 @@ def _shard(
             "eps": 1e-8,
         }
     )
-    sharders: list[ModuleSharder[Any]] = [sharder]
-    return DistributedModelParallel(
-        bags,
-        device=device,
-        plan=_planner(tables, device).collective_plan(bags, sharders, dist.group.WORLD),
-        sharders=sharders,
-        init_data_parallel=False,
-    )
 
 
-def _planner(tables: Sequence[Table], device: torch.device) -> EmbeddingShardingPlanner:
-    world = dist.get_world_size()
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+def _planner(tables: Sequence[Table], place: Place) -> EmbeddingShardingPlanner:
     return EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(
-            TrainerConfig(world_size=world, local_world_size=local_world),
-            kernel_config=KernelConfig(compute_device=device.type),
+            TrainerConfig(world_size=place.world, local_world_size=place.local_world),
+            HardwareConfig(hbm_cap_bytes=place.memory, ddr_cap_bytes=place.memory),
+            KernelConfig(compute_device=place.device),
         ),
         storage_reservation=FixedPercentageStorageReservation(0.15),
         constraints={
             table.field: ParameterConstraints(
-                sharding_types=[_sharding(table, world)],
+                sharding_types=[_sharding(table, place.world)],
                 compute_kernels=["fused"],
                 min_partition=4,
             )

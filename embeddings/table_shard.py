@@ -14,6 +14,29 @@ Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Ranks that tables are planned for: "cpu" or "cuda", how many in all and on a node, and the
+    bytes of memory that each has (None: as TorchRec takes it to be)."""
+
+    device: str
+    world: int
+    local_world: int
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """A rectangle of one table, planned for one rank."""
+
+    table: str
+    rank: int
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
 class TableShard:
     """A rectangle of one table on this rank; its tensors are the live ones, not copies.
 

@@ -1,8 +1,11 @@
 """Table layouts: one table per id field, from schema and vocabulary. Nothing distributed here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 
 from data_shards.errors import UserError, unknown
 
@@ -84,4 +87,21 @@ def extension_tables(
     return tuple(
         Table(name, max(count, 1), width, config.sharding_of(name), 0.0)
         for name, count in rows.items()
+    )
+
+
+def bags_of(tables: Sequence[Table]) -> EmbeddingBagCollection:
+    """The tables as TorchRec knows them, without memory."""
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=table.field,
+                embedding_dim=table.width,
+                num_embeddings=table.rows,
+                feature_names=[table.field],
+                pooling=PoolingType.SUM,
+            )
+            for table in tables
+        ],
+        device=torch.device("meta"),
     )

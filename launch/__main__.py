@@ -17,8 +17,11 @@ from launch import (
     export,
     fetch,
     inspect,
+    json_lines,
+    plan,
     predict,
     remove_domain,
+    run,
     train,
     write_shards,
 )
@@ -28,6 +31,7 @@ VERBS = {
     "fetch": fetch,
     "write-shards": write_shards,
     "cache-text": cache_text,
+    "run": run,
     "train": train,
     "add-domain": add_domain,
     "remove-domain": remove_domain,
@@ -35,6 +39,7 @@ VERBS = {
     "predict": predict,
     "export": export,
     "inspect": inspect,
+    "plan": plan,
     "demo": demo,
     "drill": drill,
 }
@@ -98,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    if os.environ.get(json_lines.ASKED) == "json":
+        sys.stderr = json_lines.JsonLines(sys.stderr)
     status = main()
     sys.stdout.flush()
     # after a mistake in a group of ranks nothing is left to wait for, least of all the others

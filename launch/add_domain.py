@@ -21,6 +21,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no rows of its own for ids that the trunk has never seen",
     )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FOLDER",
+        help="for metrics and summary, where the run's folder can only be read",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,4 +44,4 @@ def run(args: argparse.Namespace) -> None:
             f"--set 'data.only=[\"{args.domain}\"]' --set 'data.hold_out=[]'"
         )
     with joined(config.faults) as ranks:
-        add_domain(config, RunFolder(args.run_folder), args.domain, args.shards, ranks)
+        add_domain(config, RunFolder(args.run_folder), args.domain, args.shards, ranks, args.log)

@@ -28,7 +28,8 @@ class Dropout(nn.Dropout):
 class Encoder(nn.Module):
     """The frozen base in fp32, with LoRA that adds nothing yet.
 
-    UserError for a path, a target layer or a setting that makes no encoder.
+    UserError for a path, a target layer or a setting that makes no encoder. On torch's device
+    "meta" it is a shape alone, and its weights need not be there.
     """
 
     def __init__(self, config: EncoderConfig, seed: int) -> None:
@@ -36,7 +37,7 @@ class Encoder(nn.Module):
         from models.encoder_library import add_lora, load_model, read_ways
 
         super().__init__()
-        self._files = find(config)
+        self._files = find(config, weights=torch.get_default_device().type != "meta")
         self.model = load_model(self._files).train()
         shape = self.model.config.to_dict()
         positions = shape.get("max_position_embeddings")

@@ -84,13 +84,16 @@ class EncoderFiles:
         return [self.folder / "config.json", *_weights(self.folder)]
 
 
-def find(config: EncoderConfig) -> EncoderFiles:
-    """The files of `config.path`, checked; only a hub id is fetched. UserError for any other."""
+def find(config: EncoderConfig, weights: bool = True) -> EncoderFiles:
+    """The files of `config.path`, checked; only a hub id is fetched. UserError for any other.
+
+    Without weights a folder with config.json is enough.
+    """
     path = Path(config.path)
     if not config.path:
         raise UserError(f"encoder.path: none given; expected a folder with {WANTED}, or a hub id")
     if path.is_dir() or path.is_file():
-        return _local(path, config.revision)
+        return _local(path, config.revision, weights)
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(config.path):
         raise UserError(f"encoder.path: no such file or folder: {path}; expected one with {WANTED}")
     if not _COMMIT.fullmatch(config.revision):
@@ -101,14 +104,14 @@ def find(config: EncoderConfig) -> EncoderFiles:
     return _checked(_snapshot(config.path, config.revision))
 
 
-def _local(path: Path, revision: str) -> EncoderFiles:
+def _local(path: Path, revision: str, weights: bool) -> EncoderFiles:
     if revision:
         raise UserError(
             f"encoder.revision: {revision!r} is for a hub id, but {path} is on this machine; "
             "delete it"
         )
     if path.is_dir():
-        return _checked(path)
+        return _checked(path, weights)
     if path.suffix != ".gguf":
         raise UserError(f"{path}: no encoder; expected a folder with {WANTED}, or a .gguf file")
     return EncoderFiles(path.parent, path.name)
@@ -126,7 +129,7 @@ def _snapshot(name: str, commit: str) -> Path:
         ) from error
 
 
-def _checked(folder: Path) -> EncoderFiles:
+def _checked(folder: Path, weights: bool = True) -> EncoderFiles:
     for name in ("config.json", "tokenizer_config.json"):
         _refuse(folder / name)
     if not (folder / "config.json").is_file():
@@ -136,6 +139,8 @@ def _checked(folder: Path) -> EncoderFiles:
             f"{folder}: holds a LoRA over another model (adapter_config.json); merge it, and save "
             "the whole model"
         )
+    if not weights:
+        return EncoderFiles(folder)
     if not all(path.is_file() for path in _weights(folder)):
         raise _lacks(folder, "a file that model.safetensors.index.json names is not there")
     if not any((folder / name).is_file() for name in TOKENIZERS):

@@ -50,6 +50,15 @@ def movielens_zip(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def k8s_crds() -> Path:
+    """The definitions of Kubeflow Trainer's and JobSet's kinds, which no package carries."""
+    folder = Path(__file__).parents[2] / "shared" / "k8s-crds"
+    if not folder.is_dir():
+        pytest.skip("needs shared/k8s-crds beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `shards`, `added` and `run.toml`; see `tests.toy_run`. Read only."""
     folder = tmp_path_factory.mktemp("toy")

@@ -22,6 +22,7 @@ from trainer import saving
 from trainer.checkpoint import Snapshot, checked, newest
 from trainer.config import TrackingConfig
 from trainer.log import RunLog
+from trainer.preemption import PreemptedError
 from trainer.saving import Saver, step_name
 from trainer.tensor_file import write_file
 
@@ -180,10 +181,17 @@ def _slow_and_full(root: Path) -> dict[str, Any]:
         train(tables, [0])
         told["full"] = refused(lambda: saver.save(5, snapshot))
         told["said"] = [line for line in said if "not saved" in line]
+        told["full at the end"] = refused(lambda: _left_early(Saver(root, ranks, [tables], 9, log)))
     found = newest(root, ranks, print)
     told["left"] = found and found.folder.name
     told["there"] = sorted(path.name for path in root.iterdir())
     return told
+
+
+def _left_early(saver: Saver) -> None:
+    with saver:
+        saver.save(6, Snapshot({"w": torch.zeros(1)}, {}))
+        raise PreemptedError("saved after step 6")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +211,10 @@ def test_a_full_disk_stops_training_at_the_next_save(disks: dict[str, Any]) -> N
         raise UserError(disks["full"])
     assert "not saved, and training stops at the next save" in disks["said"][0]
     assert disks["left"] == step_name(3)
+
+
+def test_nobody_says_saved_where_the_last_save_failed(disks: dict[str, Any]) -> None:
+    assert f"{step_name(6)}: No space left on device" in disks["full at the end"]
 
 
 def _fallen_back(root: Path) -> dict[str, Any]:

@@ -70,6 +70,22 @@ def test_parts_decide_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "parts"]
 
 
+def test_a_part_that_comes_late_finds_the_set(tmp_path: Path) -> None:
+    source, out = toy_source(pieces=5), tmp_path / "parts"
+    running = _parts(out, range(4))
+    assert [process.wait(timeout=120) for process in running] == [0] * 4
+    index = Index.load(out)
+    again = write_shards(
+        toy_source(pieces=5), SCHEMA, SplitConfig(), out, block_rows=50, part=Part(3, 4)
+    )
+    assert again == index
+    with pytest.raises(UserError, match="exists already; give another path or delete it"):
+        write_shards(source, SCHEMA, SplitConfig(), out)
+    with pytest.raises(UserError, match="exists already; give another path or delete it"):
+        other = SplitConfig(parts={"train": 0.5, "test": 0.5})
+        write_shards(source, SCHEMA, other, out, part=Part(3, 4))
+
+
 class _Killed(ToySource):
     """Reads piece 3 in the third stage only once somebody has put `go` there."""
 

@@ -23,8 +23,7 @@ from trainer.engine import EngineConfig
 from trainer.phases import AdaptConfig, PretrainConfig, TeacherConfig
 from trainer.ranks import FaultsConfig
 
-UNBOUND = "faults"
-"""The section that says nothing of what a run learns."""
+UNBOUND = "faults"  # the section that says nothing of what a run learns
 
 
 @dataclass(frozen=True)

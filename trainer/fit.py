@@ -11,7 +11,7 @@ from torch import nn
 
 from data_shards import Batch, Cursor, Loader, UserError
 from models import Method
-from trainer import heartbeat, preemption
+from trainer import exporter, heartbeat, preemption
 from trainer.bad_steps import BadStepError, Cut, bad_rows, listed
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine, finite
@@ -180,7 +180,7 @@ def _fit(
         trainee.engine.train(True)
         meter = _Meter(trainee, name)
         began = time.monotonic()
-        batches = train.batches(position.cursor)
+        batches = exporter.waiting(name, train.batches(position.cursor))
         for sent, following in trainee.ahead(batches, slots, train.extended):
             heartbeat.at(name, position.steps + 1)
             try:
@@ -201,6 +201,7 @@ def _fit(
                     return
             elif phase.checkpoint_every and position.steps % phase.checkpoint_every == 0:
                 save(False)
+                exporter.saved()
 
 
 def _bad_step(
@@ -244,8 +245,10 @@ def _evaluate(
     mark = " (best)" if best else ""
     log.say(f"{name}: step {position.steps}, validation {phase.metric} {shown}{mark}")
     values = {"step": position.steps, "epoch": position.cursor.epoch, phase.metric: value}
+    values |= {"domains": {score.domain: score.auc for score in scores.domains}}
     log.metrics(name, {**values, "log_loss": scores.log_loss, "seconds": position.seconds})
     save(best)
+    exporter.saved()
 
 
 class _Meter:

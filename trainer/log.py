@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import wandb
 
+from trainer import exporter
 from trainer.config import TrackingConfig
 
 
@@ -24,6 +25,7 @@ class RunLog:
         self._wandb = None
         if not speaks:
             return
+        exporter.serve()
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("a", encoding="utf-8")
@@ -45,6 +47,7 @@ class RunLog:
         """One line of the metrics file; its numbers also go to wandb as `<phase>/<name>`."""
         if self._file is None:
             return
+        exporter.evaluated(phase, values)
         line = json.dumps({"time": round(time.time(), 3), "phase": phase, **values}) + "\n"
         try:
             self._file.write(line)
@@ -104,6 +107,7 @@ class Progress:
     def add(self, count: int, note: str = "") -> None:
         """`count` more units are done."""
         self._done += count
+        exporter.dealt_with(self.what, count)
         now = time.monotonic()
         if self.speaks and now - self._shown >= (0.5 if self._terminal else 5):
             self._shown = now

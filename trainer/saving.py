@@ -122,6 +122,8 @@ class Saver:
             # What ends a phase, such as a mistake in its rows, is no reason to lose the last save;
             # after a failed collective nobody would answer.
             self._thread.join(TIMEOUT.total_seconds())
+            if self._error is not None:
+                raise self._error
 
     def save(self, step: int, snapshot: Snapshot, best_step: int = -1) -> None:
         """Copy all there is, now; the rest is done later. Collective.

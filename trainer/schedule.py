@@ -180,16 +180,25 @@ class Witness:
 
 
 def add_domain(
-    config: RunConfig, folder: RunFolder, domain: str, shards: Location, ranks: Ranks
+    config: RunConfig,
+    folder: RunFolder,
+    domain: str,
+    shards: Location,
+    ranks: Ranks,
+    notes: Path | None = None,
 ) -> dict[str, Any]:
-    """Phase 2 for one name on a finished run, and the proof that the others did not move."""
+    """Phase 2 for one name on a finished run, and the proof that the others did not move.
+
+    With a folder for its notes (metrics, summary) it writes only the adapter into the run's own.
+    """
     method = config.method.name
     if domain in folder.adapters.domains(method):
         raise UserError(
             f"domain {domain!r} has an adapter in {folder.path} already; "
             f"remove it first: remove-domain {folder.path} {domain}"
         )
-    log = RunLog(ranks.first, folder.path, config.tracking, f"{config.name}-{domain}")
+    noted = RunFolder(notes or folder.path)
+    log = RunLog(ranks.first, noted.path, config.tracking, f"{config.name}-{domain}")
     try:
         trunk = folder.load_trunk(config, ranks)
         rows = rows_of(trunk, shards, domain)
@@ -200,7 +209,7 @@ def add_domain(
         summary = _added_summary(trunk, folder, adapter, shards, moved)
         log.metrics("add-domain", summary)
         if ranks.first:
-            folder.save_added(domain, summary)
+            noted.save_added(domain, summary)
         log.say(added_table(summary))
         if moved:
             raise RuntimeError(f"adding {domain} moved: {', '.join(moved)}; this is a defect")

@@ -1,0 +1,242 @@
+"""What a run would take of each rank, without any rank: memory, traffic, and the speed they allow.
+
+Tables are placed by the planner that will place them, and the dense part is built without memory,
+so bytes of weights and optimizers are those of the run. Activations are counted on a few rows, but
+those of a language model come from a formula. The speed is a bound: what the arithmetic, the
+tables' memory and the network need at their full rates, one after the other.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from data_shards import UserError
+from data_shards.loader import require_divisible
+from embeddings import Place, Table, TablePart, planned, trunk_tables
+from models import Features, Method
+from models.encoder_files import find
+from trainer.config import RunConfig
+from trainer.trunk import new_method, row_width
+
+# Moments that Adam keeps for each weight; row-wise Adagrad keeps one number for each row instead.
+MOMENTS = 2
+FLOAT = 4
+IDS_OF_MULTI = 4
+"""Ids that a field of several values is taken to have in a row."""
+SAMPLE = 64
+"""Rows on which activations are counted."""
+VALUES_A_TOKEN = 17
+"""A transformer's layer keeps 34 bytes a token and channel at two bytes each (Korthikanti et al.,
+2022, Eq. 2, without the attention's map, which is never kept whole)."""
+UNBOUNDED = 1 << 60
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed gathers in one buffer, which it makes this large for any model."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one rank's device, in 10**9 a second."""
+
+    flops: float
+    memory: float
+    network: float
+
+
+RATES = {"cuda": Rates(200_000, 2_000, 25), "cpu": Rates(50, 10, 1)}
+"""An H100 at half of what its bf16 can do, with 200 Gbit/s; one core with 8 Gbit/s."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The method's parameters, and what rows cost in it."""
+
+    trained: int
+    frozen: int
+    bytes_a_row: float
+    flops_a_row: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of the fullest rank, bytes that a rank sends in a step, and rows a second of all."""
+
+    parts: tuple[TablePart, ...]
+    memory: dict[str, int]
+    wire: dict[str, int]
+    seconds: dict[str, float]
+    rows_a_second: float
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+
+def dense_part(config: RunConfig, domains: int) -> Dense:
+    """Of phase 1, with the heads that learn along in it."""
+    schema, width = config.data.schema, _text_width(config)
+    with torch.device("meta"):
+        method = new_method(config, schema, width)
+        for number in range(domains if method.adapters_in_pretrain else 0):
+            method.add_domain(f"{number}", config.seed)
+    trained = {id(p): p.numel() for p in method.shared_parameters()}
+    if method.adapters_in_pretrain:
+        trained |= {id(p): p.numel() for p in method.adapter_parameters()}
+    whole = sum(p.numel() for p in method.parameters())
+    learned = sum(trained.values())
+    if config.data.prompt is None:
+        counted = new_method(config, schema, width)
+        return Dense(learned, whole - learned, _kept(counted, config, width), 6.0 * learned)
+    return _with_encoder(config, learned, whole - learned)
+
+
+def _with_encoder(config: RunConfig, trained: int, frozen: int) -> Dense:
+    from models.encoder_library import load_config
+
+    shape, tokens = load_config(find(config.encoder, weights=False)), config.encoder.max_tokens
+    value = _bytes_of(config)
+    layer = VALUES_A_TOKEN * shape.hidden_size * value
+    again = config.encoder.checkpointing
+    kept = shape.num_hidden_layers * shape.hidden_size * value + layer
+    kept = kept if again else shape.num_hidden_layers * layer
+    # forward, and the gradient of what goes in, but none of frozen weights
+    flops = tokens * frozen * 2 * (3 if again else 2) + 6.0 * trained
+    return Dense(trained, frozen, float(tokens * kept), flops)
+
+
+def _text_width(config: RunConfig) -> int:
+    if not config.text:
+        return 0
+    from models.encoder_library import load_config
+
+    return load_config(find(config.encoder, weights=False)).hidden_size
+
+
+def _kept(method: Method, config: RunConfig, text_width: int) -> float:
+    """Bytes a row that backward needs of forward, weights left out."""
+    schema = config.data.schema
+    read = [field for field in schema.ids if config.method.reads(field)]
+    features = Features(
+        torch.zeros(SAMPLE, len(read), row_width(config), requires_grad=True),
+        torch.zeros(SAMPLE, len(schema.numbers)),
+        torch.full((SAMPLE,), -1),
+        text=torch.zeros(SAMPLE, text_width) if text_width else None,
+    )
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        method(features)
+    return sum(kept.values()) / SAMPLE * _bytes_of(config) / FLOAT
+
+
+def _bytes_of(config: RunConfig) -> int:
+    return 2 if config.engine.precision == "bf16" else FLOAT
+
+
+def footprint(config: RunConfig, rows: Mapping[str, int], dense: Dense, place: Place) -> Footprint:
+    """Of a run over tables of so many rows on these ranks. UserError if they divide no batch."""
+    require_divisible(config.reading, place.world)
+    read = {f.name: rows[f.name] for f in config.data.schema.ids if config.method.reads(f)}
+    tables = trunk_tables(read, config.tables, row_width(config))
+    unbounded = Place(place.device, place.world, place.local_world, UNBOUNDED)
+    parts = tuple(planned(tables, config.tables, unbounded)) if tables else ()
+    local = config.reading.global_batch // place.world
+    weights, state = _table_bytes(parts, config)
+    memory = {
+        "tables": weights,
+        "tables' optimizer": state,
+        **_dense_bytes(config, dense, place.world),
+        "activations": int(local * (dense.bytes_a_row + _ids(config) * tables_row(tables))),
+    }
+    wire = _wire(config, tables, parts, dense, place.world)
+    rates = RATES[place.device]
+    touched = _ids(config) * tables_row(tables) * (4 if config.tables.optimizer == "adam" else 3)
+    seconds = {
+        "arithmetic": local * dense.flops_a_row / rates.flops / 1e9,
+        "tables": local * touched / rates.memory / 1e9,
+        "network": sum(wire.values()) / rates.network / 1e9,
+    }
+    speed = config.reading.global_batch / sum(seconds.values())
+    return Footprint(parts, memory, wire, seconds, speed)
+
+
+def tables_row(tables: tuple[Table, ...]) -> int:
+    """Bytes of one table row."""
+    return tables[0].width * FLOAT if tables else 0
+
+
+def _ids(config: RunConfig) -> int:
+    """Of one row of data."""
+    read = [field for field in config.data.schema.ids if config.method.reads(field)]
+    return sum(IDS_OF_MULTI if field.multi else 1 for field in read)
+
+
+def _table_bytes(parts: tuple[TablePart, ...], config: RunConfig) -> tuple[int, int]:
+    """Weights and optimizer of the fullest rank."""
+    weights, states = Counter[int](), Counter[int]()
+    for part in parts:
+        size = part.rows * part.cols * FLOAT
+        weights[part.rank] += size
+        adam = config.tables.optimizer == "adam"
+        states[part.rank] += MOMENTS * size if adam else part.rows * FLOAT
+    fullest = max(weights, key=lambda rank: weights[rank] + states[rank], default=0)
+    return weights[fullest], states[fullest]
+
+
+def _dense_bytes(config: RunConfig, dense: Dense, world: int) -> dict[str, int]:
+    """As DeepSpeed keeps them at this stage."""
+    stage, value = config.engine.zero_stage, _bytes_of(config)
+    whole = (dense.trained + dense.frozen) * value
+    masters = FLOAT if stage else 0
+    share = world if stage else 1
+    return {
+        "dense": whole // world if stage == 3 else whole,
+        "dense gradients": dense.trained * value // (world if stage >= 2 else 1),
+        "reduction buffer": BUCKET * value if stage else 0,
+        "dense optimizer": dense.trained * (masters + MOMENTS * FLOAT) // share,
+    }
+
+
+def _wire(
+    config: RunConfig,
+    tables: tuple[Table, ...],
+    parts: tuple[TablePart, ...],
+    dense: Dense,
+    world: int,
+) -> dict[str, int]:
+    """Bytes that one rank sends to others in a step."""
+    others, local = (world - 1) / world, config.reading.global_batch // world
+    row_wise = {
+        p.table for p in parts if p.rows < max(q.rows for q in tables if q.field == p.table)
+    }
+    vectors = 0.0
+    for table in tables:
+        size = local * table.width * FLOAT
+        # row-wise each rank sums what it has for all ranks' rows; else whole vectors travel
+        vectors += size * (world if table.field in row_wise else 1) * 2 * others
+    stage, value = config.engine.zero_stage, _bytes_of(config)
+    moved = 2 * dense.trained + ((dense.trained + dense.frozen) if stage == 3 else 0)
+    return {
+        "ids": int(local * _ids(config) * 8 * others),
+        "vectors and their gradients": int(vectors),
+        "dense gradients and weights": int(moved * value * others),
+    }
+
+
+def require_rows(config: RunConfig, rows: Mapping[str, int]) -> None:
+    """Every table's size is known, or its field is named."""
+    for field in config.data.schema.ids:
+        if field.name not in rows:
+            raise UserError(
+                f"rows of the table of {field.name!r} are not known before its shards are written; "
+                f"write them, or give --rows {field.name}=NUMBER"
+            )
