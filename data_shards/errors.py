@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake a user can mend: says what, where, what was expected, and the way out."""
 
 
+class LostError(UserError):
+    """Another rank or node is gone, or has not come: the same command, started again, goes on."""
+
+
 class InterruptedWriteError(UserError):
     """A stop that is nobody's mistake in the input: what is done so far is worth keeping."""
 

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from data_shards.errors import UserError
+from data_shards.errors import LostError, UserError
 from launch import (
     add_domain,
     cache_text,
@@ -43,6 +43,7 @@ VERBS = {
     "demo": demo,
     "drill": drill,
 }
+LOST = 1  # unlike a mistake (2), which another start would only repeat
 # What a disk answers that takes no more, or not from us.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     _quiet()
     try:
         VERBS[args.verb].run(args)
+    except LostError as error:
+        _mistake(str(error))
+        return LOST
     except UserError as error:
         return _mistake(str(error))
     except OSError as error:

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
     from launch.drill_round import Round, compared
     from trainer import config as run_files
 
+    if min(args.rounds, args.ranks, args.deaths) < 1:
+        raise UserError("--rounds, --ranks and --deaths are 1 or more")
     config = run_files.load(args.run_file, args.overrides)
     out = args.out or Path(config.output) / f"{config.name}-drill"
     if out.exists() and any(out.iterdir()):

@@ -44,7 +44,7 @@ class Round:
         plan = json.dumps([asdict(death) for death in self.deaths])
         (self.folder / PLAN).write_text(plan, encoding="utf-8")
         began = time.monotonic()
-        for _ in range(1 + len(self.deaths)):
+        for _ in range(1 + sum(death.agent for death in self.deaths)):
             if self._start() == 0:
                 break
         self.seconds = time.monotonic() - began
@@ -60,6 +60,10 @@ class Round:
             )
             try:
                 return job.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise UserError(
+                    f"{self.folder}: no end after {PATIENCE:g} s; see its log there"
+                ) from None
             finally:
                 job.kill()
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from data_shards import UserError
+from data_shards.errors import LostError
 from trainer import preemption, ranks
 from trainer.heartbeat import Heartbeat, where
 from trainer.ranks import FaultsConfig
@@ -44,9 +45,9 @@ def _grouped(faults: FaultsConfig) -> Iterator[ranks.Ranks]:
         _tell()
         raise
     except RuntimeError as error:
-        reason = _reason(heart, faults) if heart else ""
-        if reason:
-            raise UserError(reason) from error
+        reason = _reason(heart, faults) if heart else None
+        if reason is not None:
+            raise reason from error
         raise
     finally:
         if heart:
@@ -70,23 +71,23 @@ def _tell() -> None:
         dist.distributed_c10d._get_default_store().set(FAILED, "1")
 
 
-def _reason(heart: Heartbeat, faults: FaultsConfig) -> str:
-    """Why the others were lost, in the words of one line; empty where nothing is known of it."""
+def _reason(heart: Heartbeat, faults: FaultsConfig) -> UserError | None:
+    """Why the others were lost: by a mistake that another start would repeat, or another way."""
     deadline = time.monotonic() + PATIENCE
     try:
         before = heart.heard()
         while time.monotonic() < deadline:
             if preemption.asked():
-                return f"{where()[0]}: {STOPPED}, and SIGTERM came"
+                return LostError(f"{where()[0]}: {STOPPED}, and SIGTERM came")
             if heart.told(FAILED):
-                return f"{STOPPED}; its message says why"
+                return UserError(f"{STOPPED}; its message says why")
             time.sleep(0.05)
         missing = heart.missing(before)
     except dist.DistError:
         missing = f"{STOPPED}: rank 0, which keeps the store of the group, is gone or hangs"
     if not missing:
-        return ""
-    return (
+        return None
+    return LostError(
         f"{where()[0]}: {missing}; this rank waits {faults.timeout_seconds:g} s at most "
         "(faults.timeout_seconds): look at that rank's messages and machine, then start the same "
         "command again"

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from data_shards import UserError
+from data_shards.errors import LostError
 from launch.progress import say
+from trainer.preemption import SAVED
 
 PORT = 29400
 # As in the rules of the job's failure: 2 is a mistake that another start would only repeat.
@@ -67,6 +69,10 @@ class Nodes:
         if not 0 < nodes.least <= nodes.most:
             raise UserError(f"--nodes {text}: give a number such as 4, or a range such as 2:4")
         return nodes
+
+    @property
+    def counts(self) -> range:
+        return range(self.least, self.most + 1)
 
     @property
     def elastic(self) -> bool:
@@ -134,7 +140,7 @@ def _await_name(host: str, port: int, patience: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise LostError(
                     f"--host {host}: no such host after {patience:g} s ({error.strerror}); give "
                     "the name or address by which this node reaches the first one"
                 ) from None
@@ -147,7 +153,7 @@ def _ranks(asked: str, nodes: Nodes, reading: Any) -> int:
 
     from data_shards.loader import require_divisible
 
-    gpus = torch.cuda.device_count()
+    gpus, shared = torch.cuda.device_count(), math.gcd(reading.global_batch, reading.lanes)
     if asked.isdecimal() and int(asked) > 0:
         ranks = int(asked)
     elif asked != "auto":
@@ -156,12 +162,11 @@ def _ranks(asked: str, nodes: Nodes, reading: Any) -> int:
         ranks = gpus or max(
             count
             for count in range(1, len(os.sched_getaffinity(0)) + 1)
-            if count == 1
-            or math.gcd(reading.global_batch, reading.lanes) % (count * nodes.most) == 0
+            if count == 1 or all(shared % (count * n) == 0 for n in nodes.counts)
         )
     if 0 < gpus < ranks:
         raise UserError(f"--ranks {ranks}: this node has {gpus} GPUs, and each rank needs its own")
-    for count in {nodes.least, nodes.most}:
+    for count in nodes.counts:
         require_divisible(reading, count * ranks)
     return ranks
 
@@ -187,7 +192,8 @@ def _launch(args: argparse.Namespace, nodes: Nodes, ranks: int, name: str, verb:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _quiet()
-    fixed = nodes.most > 1 and not nodes.elastic
+    # a restart needs a store of its own, which nodes of fixed ranks do not get
+    fixed = nodes.most > 1 and not nodes.elastic and not args.max_restarts
     with tempfile.TemporaryDirectory(prefix="banyan-ranks-") as logs:
         config = LaunchConfig(
             min_nodes=nodes.least,
@@ -209,7 +215,7 @@ def _launch(args: argparse.Namespace, nodes: Nodes, ranks: int, name: str, verb:
         except SignalException as error:
             status = 128 + error.sigval
         except (RendezvousError, dist.DistError) as error:
-            raise UserError(
+            raise LostError(
                 f"{args.host}:{args.port}: the nodes did not meet within {args.patience:g} s "
                 f"({str(error).splitlines()[0]}); look whether all {args.nodes} were started, and "
                 "whether this port is open between them"
@@ -252,7 +258,7 @@ def _tell(failure: tuple[int, Any], logs: Path) -> int:
     for place in sorted(places, key=lambda place: (place != first.local_rank, place)):
         lines = places[place].read_text(encoding="utf-8", errors="replace").strip().splitlines()
         say(f"  rank {rank - first.local_rank + place}: {_message(lines)}")
-    return MISTAKE if first.exitcode == MISTAKE else FAILED
+    return first.exitcode if first.exitcode in (MISTAKE, SAVED) else FAILED
 
 
 def _message(lines: list[str]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_shards import UserError
+from launch import drill_round
 from launch.__main__ import main
 from launch.drill import KINDS, drawn, summary
 from launch.drill_round import Round, compared
@@ -73,6 +75,18 @@ def test_a_summary_of_rounds() -> None:
     said = summary([one, two])
     assert "survived        1 of 2" in said and "repeated  8" in said
     assert said.endswith("new step: 4.0 median, 5.0 worst")
+
+
+def test_a_drill_without_deaths_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drill", "launch/runs/planted_mlora.toml", "--deaths", "0"]) == 2
+    assert "--rounds, --ranks and --deaths are 1 or more" in capsys.readouterr().err
+
+
+def test_a_round_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill_round, "PATIENCE", 0.1)
+    hangs = Round(Path("no_such_file.toml"), [], tmp_path / "round", 1, [])
+    with pytest.raises(UserError, match=r"round: no end after 0.1 s; see its log there"):
+        hangs.play()
 
 
 def test_a_drill_needs_an_empty_folder(

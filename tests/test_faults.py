@@ -1,5 +1,6 @@
 """Ranks that are killed, told to go, or hang: the run ends as it would have, or says who hung."""
 
+import math
 import os
 import re
 import signal
@@ -24,7 +25,10 @@ from trainer.schedule import train
 pytestmark = pytest.mark.dist
 
 CUT = 17
-SETTINGS = ("adapt.min_rows=80", "adapt.max_epochs=2", "pretrain.checkpoint_every=5")
+SETTINGS = (
+    *("adapt.min_rows=80", "adapt.max_epochs=2"),
+    *("pretrain.checkpoint_every=5", "adapt.checkpoint_every=5"),
+)
 LEARNED = ("trunk", "adapters")
 
 
@@ -146,6 +150,7 @@ def test_a_collective_that_hangs_ends_and_names_who_was_missing(how: str, said: 
         gang(2, _hangs, how, _free_port())
     wanted = rf"pretrain: {said} rank 1 \(pretrain, step 7; last heard \d+ s ago\); this rank waits"
     assert re.search(wanted, str(failed.value))
+    assert "LostError" in str(failed.value), "so that whatever started it starts it again"
 
 
 def test_restarts_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +164,5 @@ def test_restarts_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_times_of_faults_are_positive() -> None:
     with pytest.raises(UserError, match="timeout_seconds = 0 and grace_seconds = 25; the first is"):
         FaultsConfig(timeout_seconds=0)
+    with pytest.raises(UserError, match="timeout_seconds = inf and .* and both below 1e9"):
+        FaultsConfig(timeout_seconds=math.inf)

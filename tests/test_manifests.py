@@ -17,6 +17,7 @@ import yaml
 from tests.kube_schemas import problems
 from tests.kustomize import Manifest, render
 from trainer import config as run_files
+from trainer.preemption import SAVED
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
@@ -198,20 +199,25 @@ def test_a_preemption_does_not_count_and_a_mistake_ends_the_run(kustomization: s
     else:
         jobs = of_kind(kustomization, "ClusterTrainingRuntime")["spec"]["template"]["spec"]
     (node,) = jobs["replicatedJobs"]
-    mistake, preempted = node["template"]["spec"]["podFailurePolicy"]["rules"]
+    mistake, saved, preempted = node["template"]["spec"]["podFailurePolicy"]["rules"]
     assert mistake["onExitCodes"]["values"] == [2]  # of launch/__main__.py
+    assert saved["onExitCodes"]["values"] == [SAVED]
     assert preempted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert node["template"]["spec"]["backoffLimit"] == 0
+    container = "Container node for pod banyan/planted-node-0-1 failed with exit code"
     told = {  # by Kubernetes' own job controller
-        "FailJobSet": "Container node for pod banyan/planted-node-0-1 failed with exit code 2 "
-        "matching FailJob rule at index 0",
-        "RestartJobSetAndIgnoreMaxRestarts": "Pod banyan/planted-node-0-1 has condition "
-        "DisruptionTarget matching FailJob rule at index 1",
+        f"{container} 2 matching FailJob rule at index 0": "FailJobSet",
+        f"{container} 75 matching FailJob rule at index 1": "RestartJobSetAndIgnoreMaxRestarts",
+        "Pod banyan/planted-node-0-1 has condition DisruptionTarget matching FailJob rule at "
+        "index 2": "RestartJobSetAndIgnoreMaxRestarts",
     }
-    rules = jobs["failurePolicy"]["rules"]
-    for action, message in told.items():
-        taken = [r for r in rules if re.search(r["onJobFailureMessagePatterns"][0], message)]
-        assert [rule["action"] for rule in taken] == [action]
+    for message, action in told.items():
+        taken = [
+            rule["action"]
+            for rule in jobs["failurePolicy"]["rules"]
+            if any(re.search(text, message) for text in rule["onJobFailureMessagePatterns"])
+        ]
+        assert taken == [action]
 
 
 @pytest.mark.parametrize("kustomization", OVERLAYS)

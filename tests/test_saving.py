@@ -213,6 +213,22 @@ def test_a_full_disk_stops_training_at_the_next_save(disks: dict[str, Any]) -> N
     assert disks["left"] == step_name(3)
 
 
+def _own_rows_that_come_and_go(root: Path) -> list[list[float]]:
+    log = RunLog(False, root, TrackingConfig(wandb="disabled"), "toy")
+    found = []
+    with Saver(root, here(), [], 9, log) as saver:
+        for step, rows in enumerate(([], [1.0, 2.0, 3.0], [4.0])):
+            saver.save(step, Snapshot({"rows": torch.tensor(rows)}, {}))
+            saver.wait()
+            at = checked(root / step_name(step), here())
+            found.append(at.load([]).tensors["rows"].tolist())
+    return found
+
+
+def test_a_tensor_may_have_another_size_in_the_next_save(tmp_path: Path) -> None:
+    assert gang(1, _own_rows_that_come_and_go, tmp_path) == [[[], [1.0, 2.0, 3.0], [4.0]]]
+
+
 def test_nobody_says_saved_where_the_last_save_failed(disks: dict[str, Any]) -> None:
     assert f"{step_name(6)}: No space left on device" in disks["full at the end"]
 

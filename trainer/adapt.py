@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_shards import Loader, Location, UserError
+from trainer import preemption
 from trainer.adapter_store import Adapter
 from trainer.checkpoint import Checkpoint, newest
 from trainer.early_stopping import EarlyStopping
@@ -137,7 +138,8 @@ def _learn(
         position = _resume(found, engine, best, facts)
         log.say(f"{name}: continues from {found.folder.name}")
     keep, begun = config.keep_checkpoints, position.steps
-    with Saver(folder, ranks, best.own.parts(), keep, log, begun) as saver:
+    saver = Saver(folder, ranks, best.own.parts(), keep, log, begun)
+    with preemption.saving(), saver:
 
         def save(is_best: bool) -> None:
             best.save(is_best)

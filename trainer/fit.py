@@ -153,13 +153,12 @@ def fit(
         save(best)
         kept = position.steps
 
-    with preemption.saving():
-        try:
-            _fit(trainee, train, phase, position, evaluate, keep, log, name)
-        except PreemptedError:
-            if position.steps != kept:
-                save(False)
-            raise PreemptedError(f"{name}: saved after step {position.steps}") from None
+    try:
+        _fit(trainee, train, phase, position, evaluate, keep, log, name)
+    except PreemptedError:
+        if position.steps != kept:
+            save(False)
+        raise PreemptedError(f"{name}: saved after step {position.steps}") from None
     heartbeat.at(f"after {name}")
 
 
@@ -188,20 +187,20 @@ def _fit(
             except BadStepError as bad:
                 _bad_step(trainee, bad.named(train.domains), position.steps + 1, log, name)
             position.steps += 1
+            now = time.monotonic()
+            position.seconds, began = position.seconds + now - began, now
             position.cursor = Cursor(epoch, position.cursor.step + 1)
             progress.add(sent.batch.rows, meter.shown)
             ends = position.cursor.step == steps
             due = phase.evaluate_every and position.steps % phase.evaluate_every == 0
             if ends or due:
                 position.cursor = Cursor(epoch + 1, 0) if ends else position.cursor
-                position.seconds += time.monotonic() - began
                 _evaluate(trainee, phase, position, evaluate, save, log, name)
                 began = time.monotonic()
                 if position.stopping.ended:
                     return
             elif phase.checkpoint_every and position.steps % phase.checkpoint_every == 0:
                 save(False)
-                exporter.saved()
 
 
 def _bad_step(
@@ -248,7 +247,6 @@ def _evaluate(
     values |= {"domains": {score.domain: score.auc for score in scores.domains}}
     log.metrics(name, {**values, "log_loss": scores.log_loss, "seconds": position.seconds})
     save(best)
-    exporter.saved()
 
 
 class _Meter:

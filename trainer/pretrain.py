@@ -8,6 +8,7 @@ from torch import Tensor
 from data_shards import Location, UserError
 from data_shards.errors import unknown
 from models import Method
+from trainer import preemption
 from trainer.checkpoint import Checkpoint, checked, newest
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
@@ -68,8 +69,8 @@ def pretrain(
         position = _resume(found, trunk, engine, data)
         log.say(f"{name}: continues from {found.folder.name}")
     facts = {"data": data, "base": trunk.base}
-    keep, begun = config.keep_checkpoints, position.steps
-    with Saver(folder, ranks, [trunk.tables], keep, log, begun) as saver:
+    saver = Saver(folder, ranks, [trunk.tables], config.keep_checkpoints, log, position.steps)
+    with preemption.saving(), saver:
 
         def save(best: bool) -> None:
             state = state_of(engine, position, facts)

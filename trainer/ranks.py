@@ -30,10 +30,11 @@ class FaultsConfig:
     """From SIGTERM to the end, saved or not. torchrun kills after 30, as Kubernetes does."""
 
     def __post_init__(self) -> None:
-        if self.timeout_seconds <= 0 or self.grace_seconds < 0:
+        if not (0 < self.timeout_seconds < 1e9 and 0 <= self.grace_seconds < 1e9):
             raise UserError(
                 f"faults: timeout_seconds = {self.timeout_seconds:g} and grace_seconds = "
-                f"{self.grace_seconds:g}; the first is above 0, the second not below"
+                f"{self.grace_seconds:g}; the first is above 0, the second not below, and both "
+                "below 1e9"
             )
 
 

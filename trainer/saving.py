@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_shards.durable import flush
-from trainer import checkpoint
+from trainer import checkpoint, exporter
 from trainer.checkpoint import DENSE, FORMAT, LATEST, MANIFEST, STATE, Snapshot, Tables
 from trainer.log import RunLog
 from trainer.ranks import TIMEOUT, Ranks, together
@@ -165,15 +165,17 @@ class Saver:
         return {name: self._copy(f"{file}/{name}", tensor) for name, tensor in tensors.items()}
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._buffers:
+        held = self._buffers.get(name)
+        if held is None or held.shape != tensor.shape:  # rows of an adapter's own come and go
             shape, pinned = tensor.shape, tensor.is_cuda
-            self._buffers[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned)
-        return self._buffers[name].copy_(tensor.detach())
+            held = self._buffers[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned)
+        return held.copy_(tensor.detach())
 
     def _work(self, name: str, contents: Contents, best: str) -> None:
         try:
             _write(self._root / name, self._aside, contents, best)
             _mark(self._root, name, self._aside, self._keep)
+            exporter.saved()
         except Exception as error:  # of any kind: it is raised again by the next `wait`
             self._error = error
             self._log.say(f"{name}: not saved, and training stops at the next save: {error}")

@@ -35,7 +35,8 @@ class MultiDomainConfig(Needs):
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
             sizes = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(size, int) and size < 1 for size in sizes):
+            no_layer = key == "expert" and not sizes
+            if no_layer or any(isinstance(size, int) and size < 1 for size in sizes):
                 raise UserError(f"method.{key}: sizes are 1 or more, not {value}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"method.dropout is 0 to below 1, not {self.dropout}")
@@ -46,8 +47,8 @@ class MultiDomain(Method):
     general one's, and 1 where the latter learns beside an own one, else 0; then what of each is
     added to the loss.
 
-    A batch is cut into tiles of one domain each, so its cost follows its rows, and a row's logit is
-    bit-equal whatever other domains are there.
+    A batch is cut into tiles of one domain each, so scoring costs by its rows, and a row's logit is
+    bit-equal whatever other domains are there. Phase 1's optimizer walks the parts of all domains.
     """
 
     adapters_in_pretrain: ClassVar[bool] = True
