@@ -139,16 +139,16 @@ def _speak_to(log: Path) -> None:
 def _enter(pod: Pod) -> None:
     """Into a root of its own, as a user who may do nothing there."""
     root = Path("/tmp")  # noqa: S108  (a mount that only this process sees)
-    sources = {mount.place: os.open(mount.source, os.O_PATH) for mount in pod.mounts}
-    system = {path: os.open(path, os.O_PATH) for path in {*SYSTEM, *PATHS} if Path(path).exists()}
+    places = {path: (Path(path), path != "/dev") for path in {*SYSTEM, *PATHS}}
+    places |= {mount.place: (mount.source, mount.read_only) for mount in pod.mounts}
+    there = [(place, *places[place]) for place in sorted(places) if places[place][0].exists()]
+    opened = [(os.open(source, os.O_PATH), place, fixed) for place, source, fixed in there]
     _mount("none", "/", "", RECURSIVE | PRIVATE)
     _mount("none", str(root), "tmpfs", 0)
-    for path, source in sorted(system.items()):
-        _bind(source, root, path, path != "/dev")
+    for source, place, fixed in opened:  # a checkout under /tmp lies in a pod's own /tmp
+        _bind(source, root, place, fixed)
     (root / "proc").mkdir()
     _mount("proc", str(root / "proc"), "proc", 0)
-    for mount in sorted(pod.mounts, key=lambda one: one.place):
-        _bind(sources[mount.place], root, mount.place, mount.read_only)
     hosts = root / "hosts"
     names = {"localhost": "127.0.0.1", **pod.hosts}
     hosts.write_text("".join(f"{address} {name}\n" for name, address in names.items()))
