@@ -114,7 +114,9 @@ class Study:
         return self.scored(zero_shot(run, folder, str(self.new), run.test, NEW, self.ranks))
 
     def added(self, run: RunConfig) -> dict[str, Any]:
-        return add_domain(run, RunFolder(run.folder), NEW, str(self.new), self.ranks)
+        """With rows for its own ids, as the verb has it: here no id is any other domain's."""
+        own = replace(run, adapt=replace(run.adapt, own_ids=True))
+        return add_domain(own, RunFolder(run.folder), NEW, str(self.new), self.ranks)
 
     def scored(self, scores: Scores) -> dict[str, Any]:
         return {"shared": scores.to_dict(), "adapted": None}

@@ -202,7 +202,9 @@ def _read_json(storage: Storage) -> dict[str, Any]:
 
 
 def _from_content(content: Mapping[str, Any]) -> Index:
-    split = content["split"]
+    split = dict(content["split"])
+    for name in ("train", "together"):  # of which the latter is younger than some shard sets
+        split[name] = tuple(split.get(name, ()))
     return Index(
         schema=Schema.from_json(content["schema"]),
         domains=tuple(content["domains"]),
@@ -210,7 +212,7 @@ def _from_content(content: Mapping[str, Any]) -> Index:
         shards=dict(content["shards"]),
         vocabulary=VocabularyInfo(**content["vocabulary"]),
         source=dict(content["source"]),
-        split=SplitConfig(**{**split, "train": tuple(split["train"])}),
+        split=SplitConfig(**split),
         dropped=dict(content["dropped"]),
     )
 

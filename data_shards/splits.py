@@ -1,9 +1,10 @@
 """Which part of the data a row belongs to, decided row by row as they stream past.
 
-`random` looks at the row alone, `until` at its time. The others count first: `per_domain` gives
-each domain its exact shares, stratified by label; `time` cuts all domains at the same moments and
-`time_per_domain` each at its own, so that rows of one moment are never separated. What is counted
-is small (two numbers a domain, or the distinct times), whatever the number of rows.
+`random` looks at the row alone, or at what it has in common with others, `until` at its time. The
+others count first: `per_domain` gives each domain its exact shares, stratified by label; `time`
+cuts all domains at the same moments and `time_per_domain` each at its own, so that rows of one
+moment are never separated. What is counted is small (two numbers a domain, or the distinct times),
+whatever the number of rows.
 """
 
 # Arrow makes its compute functions when it is imported, where no type checker sees them.
@@ -12,14 +13,15 @@ is small (two numbers a domain, or the distinct times), whatever the number of r
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from functools import reduce
 from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from data_shards.errors import UserError, unknown
-from data_shards.hashing import mixed
-from data_shards.schema import NAME
+from data_shards.hashing import mixed, paired, xxh64
+from data_shards.schema import NAME, Schema
 from data_shards.stratified import Stratified, summed
 
 WAYS = ("per_domain", "random", "time", "time_per_domain")
@@ -41,10 +43,16 @@ class SplitConfig:
     """Instead of shares: where each part ends (UTC, or seconds); later rows are dropped."""
     seed: int = 123
     train: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
+    """For random: rows that are alike in all of these (fields of one id, domain, time) are never
+    separated. Negatives that were drawn for a positive have its user and time: apart from it, what
+    a user's rows of one part say of those in another is upside down."""
 
     def __post_init__(self) -> None:
         if self.by not in WAYS:
             raise unknown("way to split", self.by, WAYS)
+        if self.together and self.by != "random":
+            raise UserError(f'split.together goes with by = "random" only, not with {self.by}')
         if self.until:
             self._take_moments()
         else:
@@ -78,6 +86,13 @@ class SplitConfig:
         total = sum(self.parts.values())
         if abs(total - 1) > 1e-9:
             raise UserError(f"split: the parts sum to {total:g}; they must sum to 1")
+
+    def require_fields(self, schema: Schema) -> None:
+        """UserError where `together` names what rows do not have, or have many of."""
+        known = ["domain", "time", *(field.name for field in schema.ids if not field.multi)]
+        for name in self.together:
+            if name not in known:
+                raise unknown("field in split.together", name, known)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,14 +174,16 @@ def split_of(config: SplitConfig, counts: pa.Table | None, standing: pa.Table | 
 
 
 class _Random:
-    """A hash of the row's id, and nothing else."""
+    """A hash of the row's id, or of what it has in common with others; nothing else."""
 
     def __init__(self, config: SplitConfig) -> None:
-        self.seed = config.seed
+        self.seed, self.together = config.seed, config.together
         self.ends = np.cumsum(list(config.parts.values()))[:-1]
 
     def parts(self, table: pa.Table) -> np.ndarray:
-        uniform = mixed(table["row_id"].to_numpy(), self.seed) / 2.0**64
+        keys = [xxh64(table[name].combine_chunks().cast(pa.string())) for name in self.together]
+        key = reduce(paired, keys) if keys else table["row_id"].to_numpy()
+        uniform = mixed(key, self.seed) / 2.0**64
         return np.searchsorted(self.ends, uniform, side="right").astype(np.int8)
 
 

@@ -84,6 +84,7 @@ def write_shards(  # noqa: PLR0913  keyword-only: each is one choice of the user
     if base is not None and base.schema != schema:
         field = base.schema.first_difference(schema)
         raise UserError(f"the base vocabulary is of another schema: field {field!r} differs")
+    split.require_fields(schema)
     job = Job(
         source=source,
         schema=schema,

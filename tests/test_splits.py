@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data_shards import splits
 from data_shards.errors import UserError
+from data_shards.schema import Field, Schema
 from data_shards.splits import SplitConfig, count_rows, joined, split_of
 from data_shards.stratified import standing_before
 
@@ -125,6 +126,36 @@ def test_until_names_moments_and_drops_what_is_later() -> None:
     times = np.array([0, 99, 100, 86_399, 86_400, 172_799, 172_800])
     part = _assigned(config, _rows(np.zeros(7), time=times))
     assert part.tolist() == [0, 0, 1, 1, 2, 2, -1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=60), CUTS)
+def test_rows_that_belong_together_are_never_separated(pairs: list, cuts: list[int]) -> None:
+    users, times = (np.array([pair[i] for pair in pairs], np.int64) for i in range(2))
+    rows = _rows(np.zeros(len(pairs)), time=times)
+    rows = rows.append_column("user", pa.array([f"u{user}" for user in users], pa.string()))
+    for together in (("user",), ("user", "time"), ("domain", "time")):
+        config = SplitConfig("random", {"a": 0.5, "b": 0.5}, together=together)
+        part = _assigned(config, rows, cuts)
+        keys = list(zip(*(rows[name].to_pylist() for name in together), strict=True))
+        assert len(set(zip(keys, part.tolist(), strict=True))) == len(set(keys))
+
+
+def test_what_belongs_together_is_drawn_apart_from_the_rest() -> None:
+    rows = _rows(np.zeros(4000), time=np.arange(4000) // 2)
+    config = SplitConfig("random", {"a": 0.8, "b": 0.2}, together=("domain", "time"))
+    part = _assigned(config, rows)
+    assert (part[::2] == part[1::2]).all()
+    assert np.mean(part == 0) == pytest.approx(0.8, abs=0.03)
+
+
+def test_what_belongs_together_is_a_field_of_one_value() -> None:
+    schema = Schema((Field("user", "id"), Field("tags", "id", multi=True), Field("n", "number")))
+    for name in ("usr", "tags", "n"):
+        with pytest.raises(UserError, match=f"unknown field in split.together '{name}'"):
+            SplitConfig("random", together=(name,)).require_fields(schema)
+    SplitConfig("random", together=("user", "time", "domain")).require_fields(schema)
+    with pytest.raises(UserError, match='goes with by = "random" only, not with time'):
+        SplitConfig("time", together=("user",))
 
 
 def test_random_looks_at_the_row_alone() -> None:

@@ -35,6 +35,8 @@ logger.setLevel(logging.ERROR)
 # machine and leaves its segment behind when a rank is killed. gloo does that work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 500_000_000
+"""Gradients that are reduced at once, at most: DeepSpeed makes a buffer of so many."""
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -90,7 +92,10 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": rows_per_rank,
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": config.zero_stage},
+                "zero_optimization": {
+                    "stage": config.zero_stage,
+                    "reduce_bucket_size": bucket_of(sum(p.numel() for p in self.trainable)),
+                },
                 "bf16": {"enabled": config.precision == "bf16"},
                 "gradient_clipping": config.gradient_clipping,
                 "steps_per_print": 1 << 60,
@@ -226,6 +231,11 @@ class Engine:
         """This rank's slice under ZeRO 3. DeepSpeed's own setter fails on parameters with fewer
         elements than ranks, whose last slices are padding."""
         return self._engine.optimizer._get_fp32_opt_state_partition(p, False, name)[0]
+
+
+def bucket_of(trained: int) -> int:
+    """Gradients in DeepSpeed's buffer, for so many weights."""
+    return max(min(trained, BUCKET), 1)
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from embeddings import Place, Table, TablePart, planned, trunk_tables
 from models import Features, Method
 from models.encoder_files import find
 from trainer.config import RunConfig
+from trainer.engine import bucket_of
 from trainer.trunk import new_method, row_width
 
 # Moments that Adam keeps for each weight; row-wise Adagrad keeps one number for each row instead.
@@ -32,8 +33,6 @@ VALUES_A_TOKEN = 17
 """A transformer's layer keeps 34 bytes a token and channel at two bytes each (Korthikanti et al.,
 2022, Eq. 2, without the attention's map, which is never kept whole)."""
 UNBOUNDED = 1 << 60
-BUCKET = 500_000_000
-"""Gradients that DeepSpeed gathers in one buffer, which it makes this large for any model."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _dense_bytes(config: RunConfig, dense: Dense, world: int) -> dict[str, int]:
     return {
         "dense": whole // world if stage == 3 else whole,
         "dense gradients": dense.trained * value // (world if stage >= 2 else 1),
-        "reduction buffer": BUCKET * value if stage else 0,
+        "reduction buffer": bucket_of(dense.trained) * value if stage else 0,
         "dense optimizer": dense.trained * (masters + MOMENTS * FLOAT) // share,
     }
 
