@@ -1,6 +1,7 @@
 """Encode the texts of a shard set once, as the run file's [text] and [encoder] sections say.
 
-Under torchrun all ranks share the work. Started again after it was stopped, it goes on.
+Under torchrun all ranks share the work. Started again after it was stopped, it goes on. Texts of
+another shard set whose vectors lie beside, made the same way, are taken from there.
 
 Example: torchrun --nproc-per-node 2 -m launch cache-text launch/runs/movielens_ufin.toml
 """
@@ -34,5 +35,6 @@ def run(args: argparse.Namespace) -> None:
         tell(
             f"{built.folder}: {built.rows:,} rows, distinct texts: {texts}; {built.encoded:,} "
             f"encoded now, {built.cut:,} of them cut at {config.encoder.max_tokens} tokens; "
+            f"{built.taken:,} taken from other shard sets' folders; "
             f"{built.bytes / 1e6:,.1f} MB, {built.seconds:.1f} s"
         )

@@ -13,6 +13,7 @@ from data_shards import Index, Loader, Reading, Rows, SplitConfig, UserError, wr
 from data_shards.loader import Cursor
 from data_shards.text_vectors import VectorWriter
 from launch.__main__ import main
+from launch.group import joined
 from tests.gang import gang
 from tests.toy_run import digests, here
 from tests.toy_source import SCHEMA, toy_rows, toy_source
@@ -26,7 +27,8 @@ from tests.toy_text import (
     text_config,
     told,
 )
-from trainer.text_build import build
+from trainer.text_build import Built, build
+from trainer.text_cache import DTYPES as DTYPE
 from trainer.text_cache import TextCache
 
 SIDES = ("user", "item", "context")
@@ -201,6 +203,57 @@ def test_what_a_row_says_does_not_depend_on_what_is_cached(worded: Path) -> None
     before = cache.encoded
     assert 2 <= before <= 5 and torch.equal(_encoded(worded, rows, cache), found)
     assert cache.encoded == before
+
+
+def _second(worded: Path, folder: Path, *overrides: str) -> Built:
+    """Another set of the same rows with seven more, its texts encoded beside those of `worded`."""
+    if not (folder / "shards").exists():
+        rows = pa.concat_tables([toy_rows(SIZES), toy_rows({"games": 7}, seed=5)])
+        rows = rows.set_column(0, "row_id", pa.array(np.arange(len(rows))))
+        write_shards(toy_source(rows), SCHEMA, SplitConfig(), folder / "shards", block_rows=16)
+    changes = [f"text.folder={folder / 'text'}", f"data.shards={folder / 'shards'}"]
+    config = text_config(worded, *changes, *overrides)
+    said: list[str] = []
+    with joined() as ranks:
+        built = build(config, config.data.shards, ranks, said.append)
+    (folder / "said").write_text("\n".join(said), encoding="utf-8")
+    return built
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_of_another_set_are_not_encoded_again(
+    dtype: str, worded: Path, tmp_path: Path
+) -> None:
+    changes = [f"text.dtype={dtype}", "text.prompt.without=['page', 'domain']"]
+    assert cache_text(worded, *changes, f"text.folder={tmp_path / 'text'}") == 0
+    taken = _second(worded, tmp_path, *changes)
+    assert taken.taken > 100 and 7 <= taken.encoded <= 21
+    assert taken.taken + taken.encoded == sum(taken.texts.values())
+    shutil.copytree(tmp_path / "shards", tmp_path / "anew" / "shards")
+    anew = _second(worded, tmp_path / "anew", *changes)
+    assert anew.taken == 0 and anew.texts == taken.texts
+    files = [sorted(built.folder.glob("*/vectors/vectors.bin")) for built in (taken, anew)]
+    for one, other in zip(*files, strict=True):
+        read = [
+            torch.frombuffer(bytearray(f.read_bytes()), dtype=DTYPE[dtype]) for f in (one, other)
+        ]
+        assert torch.allclose(read[0].float(), read[1].float(), rtol=0, atol=DTYPES[dtype])
+
+
+def test_nothing_is_taken_from_what_was_made_otherwise_or_is_damaged(
+    worded: Path, tmp_path: Path
+) -> None:
+    assert cache_text(worded, f"text.folder={tmp_path / 'text'}", "encoder.max_tokens=8") == 0
+    assert _second(worded, tmp_path).taken == 0
+    shutil.rmtree(tmp_path / "text")
+    assert cache_text(worded, f"text.folder={tmp_path / 'text'}") == 0
+    (damaged,) = tmp_path.glob("text/*/text_item/vectors/vectors.bin")
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    built = _second(worded, tmp_path)
+    assert 0 < built.taken < 100
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    assert "text_item: no vector is taken from there: " in said and "sha256" in said
+    assert "text_user: no vector" not in said
 
 
 def test_vectors_are_looked_for_in_every_opened_set(worded: Path, tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class TextCache:
         """Numbers in a row's vector."""
         return self.encoder.width
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which a vector lies on the disk."""
+        return DTYPES[self.text.dtype]
+
     @cached_property
     def made_by(self) -> dict[str, Any]:
         """What decides the vector of a row, so that a trunk can tell the one that it knows."""
@@ -171,7 +176,7 @@ class TextCache:
         self, texts: Sequence[str], done: Callable[[int], object] = lambda count: None
     ) -> Tensor:
         """[n, width] of these texts, in the type that lies on the disk."""
-        vectors = self.encoder.vectors(texts, done).to(DTYPES[self.text.dtype])
+        vectors = self.encoder.vectors(texts, done).to(self.dtype)
         finite = vectors.isfinite().all(dim=1)
         if not finite.all():
             raise UserError(
