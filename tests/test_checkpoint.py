@@ -43,6 +43,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no_dense": (lambda folder: _edit(folder, {"files": {}}), "names no dense.safetensors or no"),
     "no_tables": (lambda folder: _without_tables(folder), "lacks .* weight of the tables for this"),
+    "best_upwards": (
+        lambda folder: _edit(folder, {"best": "../step-0000000002"}),
+        "'../step-0000000002' is no file of a checkpoint",
+    ),
     "upwards": (
         lambda folder: _name(folder, "../step-0000000002/dense.safetensors"),
         "'../step-.*' is no file of a checkpoint; take one from a source you trust",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from data_shards import Index, UserError
 from launch.__main__ import main
+from launch.drilled import Death
 from tests.gang import gang
 from tests.toy_ufin_run import (
     ADDED,
@@ -21,6 +22,7 @@ from tests.toy_ufin_run import (
     configured,
     live,
     live_cut,
+    taught,
     taught_around,
     told,
     write_toy,
@@ -142,6 +144,19 @@ def test_s7_cut_and_continued_is_bit_equal_to_uncut(one: Story, toy: Path, outpu
         cut = output / f"cut{at}"
         found, expected = _trunk(cut), _trunk(output / "one")
         assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+# Where the first teacher's logits are asked for, after two evaluations, and in the second one.
+DEATHS = [Death("evaluation", 3, 0), Death("step", 3, 1)]
+
+
+def test_a_rank_killed_among_the_teachers_changes_no_bit(toy: Path, tmp_path: Path) -> None:
+    whole = gang(2, taught, toy, tmp_path / "whole")
+    for death in DEATHS:
+        with pytest.raises(AssertionError, match=f"rank {death.rank} died without a word"):
+            gang(2, taught, toy, tmp_path / "killed", death)
+    for found in gang(2, taught, toy, tmp_path / "killed"):
+        assert np.array_equal(found.view(np.uint32), whole[0].view(np.uint32))
 
 
 def _trunk(run: Path) -> dict[str, torch.Tensor]:

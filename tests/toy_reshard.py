@@ -1,10 +1,10 @@
 """A run of phase 1 that is saved by so many ranks in one form and goes on in another."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,14 @@ from torch import Tensor
 from data_shards import Cursor, Index
 from tests.gang import gang
 from tests.toy_run import checkpoint_at, here, toy_config
-from trainer.checkpoint import checked
+from trainer.checkpoint import SEPARATOR, checked, rectangles
 from trainer.early_stopping import EarlyStopping
 from trainer.fit import Position, Trainee, trainee_of
-from trainer.phase_state import restored, state_of
+from trainer.phase_state import OPTIMIZER, PARAMETER, restored, state_of
 from trainer.saving import save
 from trainer.trunk import Trunk, new_trunk
 
+WORLDS, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 SHARDINGS = ("table_wise", "column_wise", "row_wise")
 SAVED, STEPS = 2, 4  # a state is taken after 2 steps, and the run goes on to 4
 BATCH = 48  # which 1, 2, 3 and 4 divide
@@ -47,6 +48,17 @@ class Went:
 
     losses: list[float]
     rows: list[int]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """How a form took over what another one had saved, as one rank saw it."""
+
+    differences: list[str]
+    """What is not that of the file bit by bit."""
+    went: Went
+    distance: float
+    """Of the weights at the end to those of the undisturbed run; the largest."""
 
 
 class _Run:
@@ -91,77 +103,116 @@ class _Run:
         snapshot = checked(folder, here()).load([self.trunk.tables])
         self.position = restored(snapshot, self.trainee.engine)
 
+    def differences(self, folder: Path) -> list[str]:
+        """What of a checkpoint is not bit by bit what lives here. Collective."""
+        saved, values = checkpoint_at(folder)
+        live = state_of(self.trainee.engine, self.position, {})
+        wanted = {**live.values, "table_steps": [self.trunk.tables.steps()]}
+        wrong = [name for name, value in wanted.items() if values[name] != value]
+        wrong += sorted(live.tensors.keys() ^ {name for name in saved if not _of_tables(name)})
+        wrong += [name for name, tensor in live.tensors.items() if not _same(tensor, saved[name])]
+        return wrong + [name for name, live, part in self._parts(saved) if not _same(live, part)]
 
-def first_part(toy: Path, output: Path, forms: Sequence[Form]) -> list[Went]:
-    """Each form's steps up to its checkpoint, `<form>/saved`."""
+    def distance(self, folder: Path) -> float:
+        """The largest difference of a weight here to that in a checkpoint. Collective."""
+        saved, _ = checkpoint_at(folder)
+        parameters = self.trainee.engine.parameters()
+        apart = [tensor - saved[f"parameter/{name}"] for name, tensor in parameters.items()]
+        weights = [pair for name, *pair in self._parts(saved) if name.endswith("/weight")]
+        apart += [live - part for live, part in weights]
+        return max(float(one.abs().max()) for one in apart)
+
+    def _parts(self, saved: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each rectangle that this rank holds: its name, and it here and in a checkpoint."""
+        for key, row, col, tensor in rectangles([self.trunk.tables]):
+            _, table, name = key.split(SEPARATOR)
+            rows, width = tensor.shape
+            part = saved[f"{table}/{name}"][row : row + rows, col : col + width]
+            yield f"{table}/{name}", tensor.detach(), part
+
+
+def first_part(toy: Path, output: Path, forms: Sequence[Form]) -> list[Taken]:
+    """Each form's steps up to its checkpoint, `<form>/saved`, and what that did not hold."""
     found = []
     for form in forms:
-        run = _Run(toy, form)
-        found.append(run.steps(SAVED))
-        run.save(output / str(form) / "saved")
+        run, folder = _Run(toy, form), output / str(form) / "saved"
+        went = run.steps(SAVED)
+        run.save(folder)
+        found.append(Taken(run.differences(folder), went, 0.0))
     return found
 
 
-def second_part(toy: Path, output: Path, pairs: Sequence[tuple[Form, Form]]) -> list[Went]:
-    """Each pair's checkpoint loaded by its second form, saved again at once, and the steps after
-    it, whose end is saved too: `<pair>/again` and `<pair>/ended`."""
-    found = []
+def second_part(
+    toy: Path, output: Path, pairs: Sequence[tuple[Form, Form]], aloud: bool
+) -> list[Taken]:
+    """Each pair's checkpoint loaded by its second form, and the steps after it.
+
+    One run of a form loads them all in turn: each finds the state that the one before has left.
+    """
+    found, runs = [], {}
     for source, target in pairs:
-        run, folder = _Run(toy, target), output / name_of(source, target)
-        run.load(output / str(source) / "saved")
-        run.save(folder / "again")
-        found.append(run.steps(STEPS))
-        run.save(folder / "ended")
+        folder = output / str(source) / "saved"
+        if target not in runs:
+            runs = {target: _Run(toy, target)}
+        run = runs[target]
+        run.load(folder)
+        wrong = run.differences(folder)
+        went = run.steps(STEPS)
+        found.append(Taken(wrong, went, run.distance(output / "undisturbed")))
+        if aloud and here().first:
+            print(f"{len(found)}/{len(pairs)} {source} -> {target}", file=sys.stderr, flush=True)
     return found
 
 
-def differences(output: Path, source: Form, target: Form) -> list[str]:
-    """What of a checkpoint another form did not take over bit by bit."""
-    (before, values), (after, again) = (
-        checkpoint_at(folder)
-        for folder in (output / str(source) / "saved", output / name_of(source, target) / "again")
-    )
-    wrong = [] if values == again else ["values"]
-    wrong += sorted(before.keys() ^ after.keys())
-    return wrong + [name for name in before.keys() & after if not _same(before[name], after[name])]
+def undisturbed(toy: Path, output: Path) -> Went:
+    """All steps in one go, in the plainest form; its end is `undisturbed`."""
+    run = _Run(toy, Form(1, 0, "table_wise"))
+    went = run.steps(STEPS)
+    run.save(output / "undisturbed")
+    return went
 
 
-def distance(output: Path, one: str, other: str) -> float:
-    """The largest difference of a weight between two ends."""
-    ends = [checkpoint_at(output / name / "ended")[0] for name in (one, other)]
-    weights = [name for name in ends[0] if name.startswith("parameter/") or "/weight" in name]
-    return max(float((ends[0][name] - ends[1][name]).abs().max()) for name in weights)
+def _of_tables(name: str) -> bool:
+    return not name.startswith((OPTIMIZER, PARAMETER))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def undisturbed(toy: Path, output: Path) -> Went:
-    """All steps in one go, in the plainest form; its end is that of `undisturbed`."""
-    run = _Run(toy, Form(1, 0, "table_wise"))
-    went = run.steps(STEPS)
-    run.save(output / "undisturbed" / "ended")
-    return went
+@dataclass(frozen=True)
+class Joined:
+    """A pair's two parts, of all ranks together."""
+
+    differences: list[str]
+    losses: list[float]
+    rows: list[int]
+    distance: float
 
 
 def resharded(
-    toy: Path, output: Path, pairs: Sequence[tuple[Form, Form]]
-) -> tuple[Went, dict[str, tuple[list[float], list[int]]]]:
-    """The undisturbed run; and of each pair, by name, the losses and rows of both its parts."""
+    toy: Path, output: Path, pairs: Sequence[tuple[Form, Form]], aloud: bool = False
+) -> tuple[Went, dict[str, Joined]]:
+    """The undisturbed run; and each pair, by name. `aloud`: a line to stderr after each pair."""
     [whole] = gang(1, undisturbed, toy, output)
-    parts: dict[Any, Sequence[Went]] = {}
-    for world in (1, 2, 3, 4):
+    first: dict[Form, Sequence[Taken]] = {}
+    second: dict[tuple[Form, Form], Sequence[Taken]] = {}
+    for world in sorted({a.world for a, _ in pairs}):
         forms = sorted({a for a, _ in pairs if a.world == world}, key=str)
-        answers = gang(world, first_part, toy, output, forms, timeout=300)
-        parts |= dict(zip(forms, zip(*answers, strict=True), strict=True))
-    for world in (1, 2, 3, 4):
-        mine = [pair for pair in pairs if pair[1].world == world]
-        answers = gang(world, second_part, toy, output, mine, timeout=600)
-        parts |= dict(zip(mine, zip(*answers, strict=True), strict=True))
-    found = {}
-    for source, target in pairs:
-        both = [*parts[source], *parts[source, target]]
-        losses = parts[source][0].losses + parts[source, target][0].losses
-        found[name_of(source, target)] = losses, [row for went in both for row in went.rows]
-    return whole, found
+        answers = gang(world, first_part, toy, output, forms, timeout=600)
+        first |= dict(zip(forms, zip(*answers, strict=True), strict=True))
+    for world in WORLDS:
+        mine = sorted((p for p in pairs if p[1].world == world), key=lambda pair: str(pair[1]))
+        answers = gang(world, second_part, toy, output, mine, aloud, timeout=600 + 10 * len(mine))
+        second |= dict(zip(mine, zip(*answers, strict=True), strict=True))
+    return whole, {name_of(*p): _joined(first[p[0]], second[p]) for p in pairs}
+
+
+def _joined(before: Sequence[Taken], after: Sequence[Taken]) -> Joined:
+    every = [*before, *after]
+    return Joined(
+        [name for one in every for name in one.differences],
+        before[0].went.losses + after[0].went.losses,
+        [row for one in every for row in one.went.rows],
+        max(one.distance for one in after),
+    )

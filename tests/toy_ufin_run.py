@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from data_shards import Field, Index, write_shards
 from data_shards.reader import ShardReader
 from data_shards.sidecars import Sidecar
+from launch.drilled import Death, Toll
 from tests.toy_run import Step, digests, here, recording, refused
 from tests.toy_source import toy_source
 from tests.toy_unictr_run import planted_rows, write_small_encoder
@@ -150,6 +151,17 @@ def live_cut(toy: Path, output: Path, at: int) -> None:
     with recording(cut), pytest.raises(CutError):
         schedule.train(config, here())
     schedule.train(config, here())
+
+
+def taught(toy: Path, output: Path, death: Death | None = None) -> np.ndarray:
+    """The logits of all teachers; nothing where a rank dies while they are trained."""
+    toll = Toll(death if death and here().rank == death.rank else None, lambda death: None)
+    toll.listen()
+    config, index = configured(toy, output, "x"), Index.load(toy / "shards")
+    log = RunLog(False, output, config.tracking, "x")
+    logits = teach(config, here(), index, output / "checkpoints", log)  # where a toll hears saves
+    assert death is None, f"lived through {toll.counts}"
+    return Sidecar.open(logits, index).columns[TEACHER].copy()
 
 
 def taught_around(toy: Path, output: Path) -> tuple[str, np.ndarray, np.ndarray, int]:

@@ -7,6 +7,7 @@ the same whenever it is trained.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def adapt(
     better = begun and position.stopping.update(_value(model, rows.valid, ranks, phase), 0)
     position.stopping.without_best = 0  # patience is for what phase 2 learns
     best = _Best(engine, own, words)
-    facts = {"data": rows.data, "trunk": trunk_id}
+    facts = {"data": rows.data, "trunk": trunk_id, "own_ids": phase.own_ids}
     position = _learn(trunk, trainee, rows, position, best, facts, folder, log)
     kept = better or position.stopping.best_step > 0
     return Adapter(
@@ -119,7 +120,7 @@ def _learn(
     rows: DomainRows,
     position: Position,
     best: "_Best",
-    facts: dict[str, str],
+    facts: dict[str, Any],
     folder: Path | None,
     log: RunLog,
 ) -> Position:
@@ -149,7 +150,14 @@ def _learn(
     return position
 
 
-def _resume(found: Checkpoint, engine: Engine, best: "_Best", facts: dict[str, str]) -> Position:
+def _resume(found: Checkpoint, engine: Engine, best: "_Best", facts: dict[str, Any]) -> Position:
+    saved, wanted = found.values().get("own_ids"), facts["own_ids"]
+    if saved != wanted:  # else the tables would differ, and nobody would know why
+        raise UserError(
+            f"{found.folder}: learned with adapt.own_ids = {saved}, which is {wanted} now (of "
+            f"add-domain: --no-own-ids); set it as it was, or delete {found.folder.parent} to "
+            "begin this domain anew"
+        )
     snapshot = found.load(best.own.parts())
     if {name: snapshot.values[name] for name in facts} != facts:
         raise UserError(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,17 @@ class Checkpoint:
 
     folder: Path
     files: dict[str, str]
+    best: str
+    """The name of the best one beside it when it was saved; empty where there was none."""
     ranks: Ranks
+    best_lost: bool = False
 
     def load(self, tables: Tables, *, optimizer: bool = True) -> Snapshot:
         """Fill the tables and return the rest. Collective.
 
         Without `optimizer` the tables' weights are all that must be there.
         """
-        values = json.loads(read_small(self.folder / STATE))
+        values = self.values()
         saved, live = values["tables"], shapes(tables)
         if len(saved) != len(live):
             raise UserError(
@@ -70,6 +73,10 @@ class Checkpoint:
         for part, steps in zip(tables, values["table_steps"], strict=True):
             part.set_steps(steps)
         return Snapshot(self.dense(), values)
+
+    def values(self) -> dict[str, Any]:
+        """The plain values."""
+        return json.loads(read_small(self.folder / STATE))
 
     def dense(self) -> dict[str, Tensor]:
         """The tensors beside the tables."""
@@ -117,34 +124,60 @@ def shapes(tables: Tables) -> list[dict[str, list[int]]]:
 def checked(folder: Path, ranks: Ranks) -> Checkpoint:
     """Collective: each rank checks its share of the files; UserError unless all are whole."""
 
-    def check() -> dict[str, str]:
-        files = _manifest(folder)["files"]
+    def check() -> dict[str, Any]:
+        manifest = _manifest(folder)
+        files = manifest["files"]
         for name in sorted(files)[ranks.rank :: ranks.world]:
             path = folder / name
             if path.is_symlink() or not path.is_file() or _sha256(path) != files[name]:
                 raise UserError(f"{path}: missing or changed (SHA-256); take another checkpoint")
-        return files
+        return manifest
 
-    return Checkpoint(folder, together(ranks, folder, check)[0], ranks)
+    manifest = together(ranks, folder, check)[0]
+    return Checkpoint(folder, manifest["files"], manifest["best"], ranks)
 
 
 def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint that `latest` names, or the newest whole one in its place, which is said.
 
-    None where nothing was saved; UserError where of what was saved nothing is whole. Collective.
+    One whose best is damaged gives way to one from before that best, which will come to it again;
+    where there is none it is returned with `best_lost`. None where nothing was saved; UserError
+    where of what was saved nothing is whole. Collective.
     """
     names: list[str] = ranks.broadcast(_newest_first(root) if ranks.first else None)
+    lost: set[str] = set()
+    spare = None
     for name in names:
         try:
-            return checked(root / name, ranks)
+            found = checked(root / name, ranks)
         except UserError as error:
             say(f"{error}; falling back to the one before it")
+            continue
+        if found.best not in lost and _best_is_whole(found, say):
+            return found
+        lost.add(found.best)
+        spare = spare or replace(found, best_lost=True)
+    if spare is not None:
+        say(
+            f"{root}: none is from before that; {spare.folder.name} stands for the best from now on"
+        )
+        return spare
     if names:
         raise UserError(
             f"{root}: none of its {len(names)} checkpoints is whole; restore one of them, or "
             "delete the folder to begin anew"
         )
     return None
+
+
+def _best_is_whole(found: Checkpoint, say: Callable[[str], None]) -> bool:
+    try:
+        if found.best not in ("", found.folder.name):
+            checked(found.folder.with_name(found.best), found.ranks)
+    except UserError as error:
+        say(f"{error}; it is the best up to {found.folder.name}: falling back to one before it")
+        return False
+    return True
 
 
 def steps_in(root: Path) -> list[str]:
@@ -176,7 +209,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(read_small(path))
-        format_, files = manifest["format"], manifest.get("files")
+        format_, files, best = manifest["format"], manifest.get("files"), manifest.get("best")
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -188,6 +221,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not {DENSE, STATE} <= files.keys():
         raise UserError(f"{path}: names no {DENSE} or no {STATE}; take another checkpoint")
     strange = [name for name in files if not _FILE.fullmatch(name)]
+    if best != "" and not _STEP.fullmatch(str(best)):
+        strange.append(best)
     if strange:
         raise UserError(
             f"{path}: {strange[0]!r} is no file of a checkpoint; take one from a source you trust"

@@ -25,6 +25,10 @@ class EarlyStopping:
             self.without_best += 1
         return better
 
+    def lose_best(self, step: int) -> None:
+        """The best state is gone: that of `step` stands for it, and whatever comes is better."""
+        self.best, self.best_step = None, step
+
     @property
     def ended(self) -> bool:
         return self.without_best >= self.patience

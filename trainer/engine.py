@@ -188,13 +188,19 @@ class Engine:
         return max((int(s["step"]) for s in states if "step" in s), default=0)
 
     def _make_state(self, steps: int) -> None:
-        """Adam makes its state at the first step; a load before that must make it itself."""
-        for p in self._partitions() if steps else ():
-            self._inner().state[p] = {
-                "step": torch.tensor(float(steps)),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        """Adam makes its state at the first step; a load before that must make it itself.
+
+        State that is there stays where it is: DeepSpeed has linked its tensors, once for all.
+        """
+        for p in self._partitions():
+            state = self._inner().state.get(p)
+            if state:
+                state["step"].fill_(steps)
+                for moment in MOMENTS:
+                    state[moment].zero_()
+            elif steps:
+                moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
+                self._inner().state[p] = {"step": torch.tensor(float(steps)), **moments}
         if steps and self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 

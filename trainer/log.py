@@ -15,6 +15,9 @@ import wandb
 from trainer import exporter
 from trainer.config import TrackingConfig
 
+UPLOAD = 300.0
+"""Seconds that a run's end waits for wandb; what is not there by then `wandb sync` sends later."""
+
 
 class RunLog:
     """Only the first rank speaks; on the others every call does nothing."""
@@ -35,7 +38,9 @@ class RunLog:
                 name=name,
                 dir=folder,
                 mode=tracking.wandb,
-                settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
+                settings=wandb.Settings(
+                    console="off", silent=True, x_disable_meta=True, finish_timeout=UPLOAD
+                ),
             )
 
     def say(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """A machine that is wanted back: SIGTERM asks all ranks to save and to leave within a grace time.
 
 A thread of its own hears the signal, because a rank that waits for others runs no Python. Where
-there is nothing to save that is not on disk already, it ends the process at once.
+nothing is saved it ends the process at once, and says so.
 """
 
 import ctypes
@@ -14,12 +14,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from trainer import heartbeat
+
 SAVED, LATE = 75, 143  # 75: sysexits.h, "try again later"; 143: what SIGTERM itself gives
 LOOK = 0.05  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _asked = threading.Event()
 _saves = threading.Event()
+_saved = threading.Event()
 
 
 class PreemptedError(Exception):
@@ -53,8 +56,8 @@ def listening(grace_seconds: float) -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether this rank has been told to stop; others may not have been."""
-    return _asked.is_set()
+    """Whether this rank has been told to stop, and saves; others may not have been."""
+    return _asked.is_set() and _saves.is_set()
 
 
 @contextmanager
@@ -64,7 +67,11 @@ def saving() -> Iterator[None]:
     After an error it is left to that error how the process ends.
     """
     _saves.set()
-    yield
+    try:
+        yield
+    except PreemptedError:
+        _saved.set()
+        raise
     _saves.clear()
 
 
@@ -78,9 +85,17 @@ def _hear(reader: socket.socket, grace_seconds: float) -> None:
     deadline = time.monotonic() + grace_seconds
     while _saves.is_set() and time.monotonic() < deadline:
         time.sleep(LOOK)
-    if _saves.is_set():
-        _leave(LATE, f"not saved within {grace_seconds:g} s; the checkpoint before stands")
-    _leave(SAVED, "nothing to save; start the same command again to go on")
+    _leave(*_last_words(grace_seconds))
+
+
+def _last_words(grace_seconds: float) -> tuple[int, str]:
+    """Exit status, and what is true then."""
+    phase, _ = heartbeat.where()
+    if not _saves.is_set():
+        return SAVED, f"{phase}: not saved, it begins anew; what was finished before it is stored"
+    if _saved.is_set():  # and something else takes its time
+        return SAVED, f"{phase}: saved; a dashboard may lack the last lines (see `wandb sync`)"
+    return LATE, f"{phase}: not saved within {grace_seconds:g} s; the checkpoint before stands"
 
 
 def _leave(status: int, text: str) -> None:

@@ -102,7 +102,10 @@ def _resume(found: Checkpoint, trunk: Trunk, engine: Engine, data: list[str]) ->
             "restore them, or start a run of another name"
         )
     trunk.require_base(snapshot.values["base"], found.folder)
-    return restored(snapshot, engine)
+    position = restored(snapshot, engine)
+    if found.best_lost:
+        position.stopping.lose_best(position.steps)
+    return position
 
 
 def _dense(method: Method, engine: Engine) -> dict[str, Tensor]:

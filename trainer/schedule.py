@@ -134,11 +134,21 @@ def _adapt_all(
 
 
 def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: RunFolder) -> None:
-    """Adapters that learned together with the trunk belong to it: each is kept."""
+    """Adapters that learned together with the trunk belong to it: each is kept.
+
+    Those that lie here already are of a start that was cut off before it had saved its trunk.
+    """
     trunk_id = trunk.fingerprint() if pretrained.adapters else ""
+    method, stored = trunk.config.method.name, folder.adapters
+
+    def remove_stale() -> None:
+        for domain in pretrained.adapters.keys() & set(stored.domains(method)):
+            stored.remove(method, domain)
+
+    together(trunk.ranks, folder.path, lambda: remove_stale() if trunk.ranks.first else None)
     for domain, tensors in pretrained.adapters.items():
         adapter = Adapter(
-            method=trunk.config.method.name,
+            method=method,
             domain=domain,
             version=0,
             trunk=trunk_id,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_shards import UserError
 
-PIECE = 16 << 20  # bytes that are hashed and written together
+PIECE = 1 << 20  # bytes that are hashed, and written while they are in the core's cache
 MOST_JSON = 64 << 20  # bytes of a manifest or a state
 NAMES = {
     torch.float64: "F64",

@@ -1,0 +1,241 @@
+"""What is cut off, damaged or changed between two starts, at the places where a start could be
+misled by what it finds: it comes to the same end, or says what was lost."""
+
+import shutil
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event, Timer
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_shards import UserError
+from tests.gang import gang
+from tests.toy_run import checkpoint_at, digests, here, recording, refused, toy_config
+from trainer import preemption, saving, schedule
+from trainer.checkpoint import Snapshot
+from trainer.config import RunConfig, TrackingConfig
+from trainer.early_stopping import EarlyStopping
+from trainer.log import RunLog
+from trainer.run_folder import RunFolder
+from trainer.saving import Saver, step_name
+from trainer.tensor_file import write_file
+
+pytestmark = pytest.mark.dist
+
+EVALUATED, NEWEST, CUT, LAST = 13, 15, 17, 26
+PLAIN = ("engine.zero_stage=0", "pretrain.checkpoint_every=5", "keep_checkpoints=99")
+
+
+class _CutError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@dataclass
+class _Found:
+    """What became of a run, and what it said."""
+
+    said: str
+    trunk: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int = -1
+
+
+def _one_phase(toy: Path, output: Path, name: str) -> RunConfig:
+    phase = ("pretrain.one_phase=true", "phases=['pretrain']", "pretrain.max_epochs=1")
+    return toy_config(toy, output, f"name={name}", *PLAIN, *phase)
+
+
+def _cut_before_the_trunk(toy: Path, output: Path) -> dict[str, dict[str, str]]:
+    """Files of the trunk and of the adapters of a one-phase run, left alone and cut between."""
+    for name in ("whole", "cut"):
+        config = _one_phase(toy, output, name)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "cut":
+                patch.setattr(RunFolder, "save_trunk", _cut)
+                with pytest.raises(_CutError):
+                    schedule.train(config, here())
+        schedule.train(config, here())
+    return {name: digests(output / name, ("trunk", "adapters")) for name in ("whole", "cut")}
+
+
+def _cut(*_: Any) -> None:
+    raise _CutError
+
+
+def _other_ids(toy: Path, output: Path) -> str:
+    """What an added domain's second start says that has other ideas of its own ids."""
+    config = _one_phase(toy, output, "whole")
+    own = replace(config.adapt, own_ids=True, checkpoint_every=1)
+
+    def cut(at: int) -> None:
+        if at == 2:
+            raise _CutError
+
+    with recording(cut), pytest.raises(_CutError):
+        _add(config, own, toy)
+    return refused(lambda: _add(config, replace(own, own_ids=False), toy))
+
+
+def _add(config: RunConfig, adapt: Any, toy: Path) -> None:
+    config = replace(config, adapt=adapt)
+    schedule.add_domain(config, RunFolder(config.folder), "games", toy / "added", here())
+
+
+def _told_where_nothing_is_saved(toy: Path, output: Path) -> tuple[list[Any], bool]:
+    """What phase 2 without checkpoints says to SIGTERM, and whether it took that for saved."""
+    config, left, gone = _one_phase(toy, output, "whole"), [], Event()
+
+    def leave(*words: Any) -> None:
+        left.append(words)
+        gone.set()
+
+    def tell(at: int) -> None:
+        if at == 1:
+            signal.raise_signal(signal.SIGTERM)
+            assert gone.wait(30)
+
+    with pytest.MonkeyPatch.context() as patch, preemption.listening(60), recording(tell):
+        patch.setattr(preemption, "_leave", leave)
+        try:
+            _add(config, config.adapt, toy)
+        except preemption.PreemptedError:
+            return left, True
+    preemption._asked.clear()  # for this process has not left
+    RunFolder(config.folder).adapters.remove("mlora", "games")
+    return left, False
+
+
+def _told_in_the_last_save(root: Path) -> list[Any]:
+    """With which words a process leaves that was told to in its last save, with no step after it,
+    and which checkpoints are there then."""
+    go, left = Event(), []
+
+    def held(path: Path, content: Iterable[Any]) -> str:
+        assert go.wait(60)
+        return write_file(path, content)
+
+    def leave(*words: Any) -> None:
+        left.append((words, sorted(path.name for path in root.glob("step-*"))))
+
+    log = RunLog(False, root, TrackingConfig(wandb="disabled"), "toy")
+    with pytest.MonkeyPatch.context() as patch, preemption.listening(60):
+        patch.setattr(saving, "write_file", held)
+        patch.setattr(preemption, "_leave", leave)
+        with preemption.saving(), Saver(root, here(), [], 9, log) as saver:
+            saver.save(1, Snapshot({"w": torch.zeros(1)}, {}))
+            signal.raise_signal(signal.SIGTERM)
+            Timer(5 * preemption.LOOK, go.set).start()
+        while not left:
+            time.sleep(preemption.LOOK)
+    preemption._asked.clear()  # for this process has not left
+    return left
+
+
+def _best_lost(toy: Path, output: Path) -> dict[str, _Found]:
+    """A run whose best checkpoint is damaged when it is started again, with ones from before it
+    and without; its first evaluation is never beaten."""
+
+    def cut(at: int) -> None:
+        if at == CUT:
+            raise _CutError
+
+    found = {}
+    with _never_better():
+        config = toy_config(toy, output, "name=best", *PLAIN, "phases=['pretrain']")
+        with recording(cut), pytest.raises(_CutError):
+            schedule.train(config, here())
+        tensors = checkpoint_at(config.folder / "checkpoints" / step_name(EVALUATED))[0]
+        found["undamaged"] = _Found("", tensors)
+        checkpoints = config.folder / "checkpoints"
+        (checkpoints / step_name(EVALUATED) / "state.json").write_text("{}")
+        shutil.copytree(config.folder, output / "kept")
+        found["one before"] = _continued(config)
+        shutil.rmtree(config.folder)
+        shutil.move(output / "kept", config.folder)
+        for step in (5, 10):
+            shutil.rmtree(checkpoints / step_name(step))
+        found["none before"] = _continued(config)
+    return found
+
+
+def _continued(config: RunConfig) -> _Found:
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.log.RunLog.say", lambda self, text: said.append(text))
+        schedule.train(config, here())
+    stopping = checkpoint_at(config.folder / "checkpoints" / step_name(LAST))[1]["stopping"]
+    trunk = checkpoint_at(config.folder / "trunk")[0]
+    return _Found("\n".join(said), trunk, stopping["best_step"])
+
+
+@contextmanager
+def _never_better() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EarlyStopping, "_beats", lambda self, value, best: False)
+        yield
+
+
+def _stories(toy: Path, output: Path) -> dict[str, Any]:
+    return {
+        "one phase": _cut_before_the_trunk(toy, output),
+        "nothing saved": _told_where_nothing_is_saved(toy, output),  # before a cut while it saves
+        "last save": _told_in_the_last_save(output / "saves"),
+        "other ids": _other_ids(toy, output),
+        "best lost": _best_lost(toy, output),
+    }
+
+
+@pytest.fixture(scope="module")
+def stories(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return gang(1, _stories, toy, tmp_path_factory.mktemp("edges"), timeout=300)[0]
+
+
+def test_adapters_of_one_phase_are_stored_once_wherever_it_is_cut(stories: dict[str, Any]) -> None:
+    whole, cut = stories["one phase"]["whole"], stories["one phase"]["cut"]
+    assert cut.keys() == whole.keys() and any("/1/adapter.safetensors" in name for name in whole)
+    assert not [name for name in whole if name.endswith("safetensors") and cut[name] != whole[name]]
+
+
+def test_own_ids_may_not_change_while_a_domain_learns(stories: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="adapt.own_ids = True, which is False now .*; set it as"):
+        raise UserError(stories["other ids"])
+
+
+def test_nobody_says_saved_where_nothing_is(stories: dict[str, Any]) -> None:
+    said, taken_for_saved = stories["nothing saved"]
+    assert not taken_for_saved
+    begins = "adapt games: not saved, it begins anew; what was finished before it is stored"
+    assert said == [(75, begins)]
+
+
+def test_sigterm_in_the_last_save_waits_for_it(stories: dict[str, Any]) -> None:
+    [((status, _), there)] = stories["last save"]
+    assert (status, there) == (75, [step_name(1)])
+
+
+def test_a_damaged_best_checkpoint_is_come_to_again_from_one_before_it(
+    stories: dict[str, Any],
+) -> None:
+    undamaged, again = stories["best lost"]["undamaged"], stories["best lost"]["one before"]
+    assert f"{step_name(EVALUATED)}/state.json: missing or changed (SHA-256)" in again.said
+    assert f"it is the best up to {step_name(NEWEST)}: falling back to one before" in again.said
+    assert f"pretrain: continues from {step_name(10)}" in again.said
+    assert again.best_step == EVALUATED
+    kept = [name for name in undamaged.trunk if name.endswith("/weight")]
+    assert kept
+    assert all(torch.equal(again.trunk[name], undamaged.trunk[name]) for name in kept)
+
+
+def test_a_best_checkpoint_that_is_lost_for_good_is_said_early(stories: dict[str, Any]) -> None:
+    found = stories["best lost"]["none before"]
+    said = found.said.splitlines()
+    wanted = f"{step_name(NEWEST)} stands for the best from now on"
+    assert [line for line in said[:3] if wanted in line]
+    assert f"pretrain: continues from {step_name(NEWEST)}" in said
+    assert found.best_step == LAST, "whatever comes is better than what is lost"
