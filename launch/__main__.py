@@ -23,6 +23,7 @@ from launch import (
     remove_domain,
     run,
     train,
+    tune,
     write_shards,
 )
 from trainer.preemption import SAVED, PreemptedError, leave_with_torchrun
@@ -39,6 +40,7 @@ VERBS = {
     "predict": predict,
     "export": export,
     "inspect": inspect,
+    "tune": tune,
     "plan": plan,
     "demo": demo,
     "drill": drill,
