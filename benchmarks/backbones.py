@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Claim, Side, compared, machine, table
+from benchmarks.measure import Claim, Side, compared, table
 from benchmarks.plain_backbones import PLAIN, Plain
 from benchmarks.sides import (
     BATCH,
@@ -39,6 +39,7 @@ from models import Method
 from models.backbones import BACKBONES, BackboneConfig, DeepConfig
 from trainer import config as run_files
 from trainer import ranks as groups
+from trainer.machine import machine
 from trainer.model import Model
 from trainer.trunk import Trunk, empty_trunk
 

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torchrec import KeyedJaggedTensor
 
-from benchmarks.measure import Figure, machine
+from benchmarks.measure import Figure
 from embeddings import ShardedTables, TablesConfig, trunk_tables
 from trainer import ranks as groups
 from trainer.checkpoint import Snapshot, checked
 from trainer.config import TrackingConfig
 from trainer.log import RunLog
+from trainer.machine import machine
 from trainer.saving import Saver, save, step_name
 
 ROOT = Path(__file__).parents[1]

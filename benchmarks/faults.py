@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine
 from launch.__main__ import main as launch
 from launch.drill import drawn
 from launch.drill_round import Round, compared
 from launch.drilled import FOLDER, PLAN
 from launch.group import OWN_STORE
+from trainer.machine import machine
 
 RUN_FILE = Path(__file__).parents[1] / "launch" / "runs" / "planted_mlora.toml"
 RESULTS = Path(__file__).parent / "results" / "faults.json"

@@ -28,7 +28,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from webdataset.compat import WebDataset
 
-from benchmarks.measure import Claim, Side, compared, machine, table
+from benchmarks.measure import Claim, Side, compared, table
 from data_shards import (
     Batch,
     Cursor,
@@ -42,6 +42,7 @@ from data_shards import (
     SplitConfig,
     write_shards,
 )
+from trainer.machine import machine
 from trainer.ranks import keep_freed_memory
 
 FIELDS = tuple(f"f{number}" for number in range(19)) + ("domain",)

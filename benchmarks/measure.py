@@ -1,21 +1,16 @@
 """Side-by-side timing on a machine that others use too, and what a profile says of one side."""
 
 import os
-import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "deepspeed", "numba", "numpy", "pyarrow")
 OUTSIDE = "Python, numpy (dropout's bits) and waiting"  # what no torch operator accounts for
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -133,26 +128,6 @@ def where_time_goes(side: Side) -> str:
 
 def _kind(operator: str) -> str:
     return next((kind for kind, starts in KINDS.items() if operator.startswith(starts)), "")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "matrix_library": "mkl" if torch.backends.mkl.is_available() else "other",
-    }
-
-
-def _lines(path: str) -> Iterable[str]:
-    file = Path(path)
-    return file.read_text().splitlines() if file.exists() else ()
 
 
 def table(part: Mapping[str, Any]) -> str:

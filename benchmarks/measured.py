@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine
 from trainer import ranks as groups
+from trainer.machine import machine
 
 
 class Measured:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from benchmarks.measure import Claim, Figure, Side, machine, table
+from benchmarks.measure import Claim, Figure, Side, table
 from benchmarks.unictr import in_turns
 from data_shards import Field
 from data_shards.prompts import PromptConfig, render
@@ -33,6 +33,7 @@ from data_shards.text_vectors import BLOCK, TextVectors, VectorWriter
 from data_shards.texts import TextTable
 from models.encoder_files import EncoderConfig
 from models.text_encoder import TextEncoder
+from trainer.machine import machine
 from trainer.text_cache import TextCache
 
 ROOT = Path(__file__).parents[1]

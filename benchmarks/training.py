@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Claim, Side, compared, machine, table
+from benchmarks.measure import Claim, Side, compared, table
 from benchmarks.pair import group_of
 from benchmarks.peer import PlainTorch, PlainTraining, shuffled
 from benchmarks.sides import (
@@ -43,6 +43,7 @@ from embeddings import Embedder
 from models.backbones import DeepConfig
 from trainer import config as run_files
 from trainer import ranks as groups
+from trainer.machine import machine
 from trainer.model import Model
 from trainer.trunk import new_trunk
 

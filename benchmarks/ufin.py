@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Claim, Side, machine
+from benchmarks.measure import Claim, Side
 from benchmarks.sides import some
 from benchmarks.text_cache import compared
 from data_shards import Batch, Index
@@ -27,6 +27,7 @@ from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.config import RunConfig
 from trainer.fit import Trainee, trainee_of
+from trainer.machine import machine
 from trainer.model import trunk_alone
 from trainer.ranks import Ranks
 from trainer.text_cache import TextCache

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
-from benchmarks.measure import Claim, Figure, Side, machine, table
+from benchmarks.measure import Claim, Figure, Side, table
 from benchmarks.pair import free_port
 from benchmarks.sides import Setting, Training, learn, some
 from data_shards import Batch, Loader, Rows
@@ -37,11 +37,11 @@ from models.unictr import UniCTR
 from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.config import RunConfig
+from trainer.machine import machine
 from trainer.model import Model
 from trainer.trunk import Trunk, new_trunk
 
-ROOT = Path(__file__).parents[1]
-RUN_FILE = ROOT / "launch" / "runs" / "amazon_unictr.toml"
+RUN_FILE = Path(__file__).parents[1] / "launch" / "runs" / "amazon_unictr.toml"
 STEPS = 2  # of one turn
 PeerRows = tuple[Tensor, Tensor, Tensor, Tensor]  # ids [B, longest], mask, domains [B], labels [B]
 
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/unictr.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/unictr.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     overrides = [f"data.shards={args.shards}", f"reading.global_batch={args.batch}"]

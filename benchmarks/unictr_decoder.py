@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.measure import Claim, machine
+from benchmarks.measure import Claim
 from benchmarks.sides import Setting, Training
 from benchmarks.unictr import (
     ROOT,
@@ -38,6 +38,7 @@ from models.shared_beginnings import arranged, encode, tree
 from models.unictr import UniCTR
 from trainer import config as run_files
 from trainer import ranks as groups
+from trainer.machine import machine
 
 RUN_FILE = ROOT / "launch" / "runs" / "amazon_smollm2.toml"
 VOCABULARY = 49152

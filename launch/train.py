@@ -6,6 +6,8 @@ Example: torchrun --nproc-per-node 2 -m launch train launch/runs/movielens_mlora
 import argparse
 from pathlib import Path
 
+from launch.progress import say
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", type=Path)
@@ -20,3 +22,15 @@ def run(args: argparse.Namespace) -> None:
     config = run_files.load(args.run_file, args.overrides)
     with joined(config.faults) as ranks:
         train(config, ranks)
+        if ranks.first and config.tracking.pictures:
+            _report(config.folder)
+
+
+def _report(folder: Path) -> None:
+    """A page beside the pictures. What fails is told, and raises nothing: the run is done."""
+    from launch import report
+
+    try:
+        say(f"report: {report.write(report.page_of(folder), folder)}")
+    except Exception as error:  # a finished run must not be lost for a page
+        say(f"report: not written: {error}; python -m launch report {folder} tries again")

@@ -11,7 +11,15 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import log_loss, roc_auc_score
 
 from data_shards.errors import UserError
-from trainer.metrics import Scores, auc, log_loss_from_logits, rela_impr, score
+from trainer.metrics import (
+    BINS,
+    Scores,
+    auc,
+    log_loss_from_logits,
+    rela_impr,
+    reliability,
+    score,
+)
 
 DOMAINS = ("books", "films", "toys", "music")
 
@@ -122,6 +130,28 @@ def test_predicting_the_click_rate_is_calibrated(positives: int, negatives: int)
     assert score(label, logit, domain, DOMAINS).calibration == pytest.approx(1.0, rel=1e-12)
     doubled = score(label, np.full(len(label), 700.0), domain, DOMAINS).calibration
     assert doubled == pytest.approx(len(label) / positives)
+
+
+@given(rows())
+def test_reliability_counts_every_row_once_and_parts_no_equal_predictions(case: tuple) -> None:
+    label, logit, domain = case
+    whole, bins = score(label, logit, domain, DOMAINS), reliability(label, logit)
+    assert whole.reliability == bins and 1 <= len(bins) <= BINS
+    assert sum(one.rows for one in bins) == len(label) and min(one.rows for one in bins) > 0
+    assert sum(one.positives for one in bins) == label.sum()
+    predicted = sum(one.rows * one.predicted for one in bins)
+    assert predicted == pytest.approx((1 / (1 + np.exp(-logit.astype(float)))).sum(), rel=1e-12)
+    means = [one.predicted for one in bins]
+    assert means == sorted(set(means))
+    order = np.random.default_rng(0).permutation(len(label))
+    assert [one.rows for one in reliability(label[order], logit[order])] == [o.rows for o in bins]
+
+
+def test_reliability_has_equally_many_rows_where_no_predictions_are_equal() -> None:
+    logit = np.random.default_rng(0).permutation(1000) / 100.0
+    bins = reliability(logit > 5, logit)
+    assert [one.rows for one in bins] == [100] * BINS
+    assert [one.positives for one in bins] == [0] * 5 + [99] + [100] * 4
 
 
 @given(rows())

@@ -11,7 +11,7 @@ from data_shards import Cursor, Index, Loader, Rows, Schema, Vocabulary, encode_
 from data_shards.vocabulary import count_values
 from tests.gang import gang
 from tests.toy_run import SCHEMA, SIZES, here, planted_rows, refused, toy_config
-from trainer import fit, schedule
+from trainer import meter, schedule
 from trainer.engine import Engine
 from trainer.fit import Trainee
 from trainer.model import trunk_alone
@@ -51,7 +51,7 @@ def _astray(toy: Path, output: Path) -> str:
     """What a run says whose first step throws the orders of EulerNet far off."""
     euler = "backbone={name='eulernet', orders=[3]}", "pretrain.lr=1e6"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "LOSS_EVERY", 1)
+        patch.setattr(meter, "LOSS_EVERY", 1)
         return refused(lambda: schedule.train(toy_config(toy, output, *euler), here()))
 
 

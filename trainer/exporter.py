@@ -73,6 +73,12 @@ def waiting(phase: str, batches: Iterable[T]) -> Iterator[T]:
         yield batch
 
 
+def waited(phase: str) -> float:
+    """Seconds that the first rank has waited for this phase's batches."""
+    with _lock:
+        return _values.get(("banyan_seconds_total", _labels({"phase": phase, "part": "data"})), 0.0)
+
+
 def evaluated(phase: str, values: Mapping[str, Any]) -> None:
     """What a line of the metrics file says; AUC by domain where it says that."""
     if "log_loss" in values:

@@ -16,6 +16,7 @@ from trainer.bad_steps import BadStepError, Cut, bad_rows, listed
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine, finite
 from trainer.log import Progress, RunLog
+from trainer.meter import Meter
 from trainer.metrics import Scores
 from trainer.model import Model, Sent
 from trainer.own_rows import Own, embedder_of
@@ -23,8 +24,6 @@ from trainer.phases import PhaseConfig
 from trainer.preemption import PreemptedError
 from trainer.ranks import Ranks
 from trainer.trunk import Trunk
-
-LOSS_EVERY = 50  # steps between looks at the loss: each look is one small all-reduce
 
 
 @dataclass
@@ -173,17 +172,18 @@ def _fit(
     name: str,
 ) -> None:
     slots = trainee.model.slots(train).to(trainee.ranks.device)
+    meter = Meter(trainee.ranks, trainee.diagnose, log, name, position.seconds)
     while position.cursor.epoch < phase.max_epochs and not position.stopping.ended:
         epoch, steps = position.cursor.epoch, train.steps(position.cursor.epoch)
         progress = Progress(f"{name} epoch {epoch + 1}", train.total_rows, "rows", log.speaks)
         trainee.engine.train(True)
-        meter = _Meter(trainee, name)
         began = time.monotonic()
         batches = exporter.waiting(name, train.batches(position.cursor))
         for sent, following in trainee.ahead(batches, slots, train.extended):
             heartbeat.at(name, position.steps + 1)
             try:
-                meter.add(trainee.step(sent, following, position.steps), position.steps + 1)
+                loss = trainee.step(sent, following, position.steps)
+                meter.add(loss, sent.batch.rows, position.steps + 1)
             except BadStepError as bad:
                 _bad_step(trainee, bad.named(train.domains), position.steps + 1, log, name)
             position.steps += 1
@@ -191,11 +191,12 @@ def _fit(
             position.seconds, began = position.seconds + now - began, now
             position.cursor = Cursor(epoch, position.cursor.step + 1)
             progress.add(sent.batch.rows, meter.shown)
+            meter.tell(position.steps, position.seconds)
             ends = position.cursor.step == steps
             due = phase.evaluate_every and position.steps % phase.evaluate_every == 0
             if ends or due:
                 position.cursor = Cursor(epoch + 1, 0) if ends else position.cursor
-                _evaluate(trainee, phase, position, evaluate, save, log, name)
+                _evaluate(trainee, phase, position, evaluate, save, meter)
                 began = time.monotonic()
                 if position.stopping.ended:
                     return
@@ -226,9 +227,10 @@ def _evaluate(
     position: Position,
     evaluate: Callable[[], Scores],
     save: Callable[[bool], None],
-    log: RunLog,
-    name: str,
+    meter: Meter,
 ) -> None:
+    log, name = meter.log, meter.name
+    pace = meter.since_last(position.steps, position.seconds)
     heartbeat.at(f"{name}, evaluation after step {position.steps}")
     trainee.engine.train(False)
     scores = evaluate()
@@ -245,25 +247,6 @@ def _evaluate(
     log.say(f"{name}: step {position.steps}, validation {phase.metric} {shown}{mark}")
     values = {"step": position.steps, "epoch": position.cursor.epoch, phase.metric: value}
     values |= {"domains": {score.domain: score.auc for score in scores.domains}}
-    log.metrics(name, {**values, "log_loss": scores.log_loss, "seconds": position.seconds})
+    values |= {"log_loss": scores.log_loss, "seconds": position.seconds}
+    log.metrics(name, values | pace)
     save(best)
-
-
-class _Meter:
-    """The mean loss of some steps, over all ranks; stops a run whose weights have gone astray."""
-
-    def __init__(self, trainee: Trainee, name: str) -> None:
-        self.ranks, self.name = trainee.ranks, name
-        self._diagnose = trainee.diagnose
-        self._sum: torch.Tensor | float = 0.0
-        self._count = 0
-        self.shown = ""
-
-    def add(self, loss: torch.Tensor, step: int) -> None:
-        self._sum, self._count = self._sum + loss, self._count + 1
-        if self._count == LOSS_EVERY:
-            mean = sum(self.ranks.gather(float(self._sum))) / self._count
-            wrong = self._diagnose()
-            if wrong is not None:
-                raise UserError(f"{self.name}: step {step}: {wrong}")
-            self._sum, self._count, self.shown = 0.0, 0, f"loss {mean:.4f}"

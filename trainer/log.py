@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,7 +74,7 @@ class RunLog:
         """How many steps of each phase were skipped, in all starts of the run together."""
         if not self.speaks:
             return {}
-        lines = map(_parsed, self._path.read_text(encoding="utf-8").splitlines())
+        lines = lines_of(self._path)
         # a step is taken again, and skipped again, after a restart
         skipped = {(line["phase"], line["step"]) for line in lines if "bad_rows" in line}
         return dict(Counter(phase for phase, _ in sorted(skipped)))
@@ -84,6 +84,12 @@ class RunLog:
         if self._wandb is not None and files:
             self._wandb.log({f"pictures/{file.stem}": wandb.Image(str(file)) for file in files})
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of the same columns, in wandb alone."""
+        if self._wandb is not None and rows:
+            data = [list(row.values()) for row in rows]
+            self._wandb.log({name: wandb.Table(columns=list(rows[0]), data=data)})
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -91,12 +97,18 @@ class RunLog:
             self._wandb.finish()
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """A line of the metrics file; empty where a run that was killed has left half of one."""
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Of a metrics file, if it is there; without the halves that a killed run leaves."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for line in map(_parsed, text.splitlines()) if line is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except ValueError:
-        return {}
+        return None
+    return found if isinstance(found, dict) and "phase" in found else None
 
 
 class Progress:

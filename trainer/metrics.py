@@ -17,6 +17,7 @@ from data_shards.errors import UserError, unknown
 Array = NDArray[Any]
 
 METRICS = ("wauc", "mean_auc", "auc", "log_loss")
+BINS = 10
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class DomainScore:
 
 
 @dataclass(frozen=True)
+class Bin:
+    """Rows whose predictions lie next to each other."""
+
+    rows: int
+    positives: int
+    predicted: float  # mean prediction
+
+
+@dataclass(frozen=True)
 class Scores:
     """All domains that have rows, and the totals over them; None stands for undefined."""
 
@@ -42,11 +52,15 @@ class Scores:
     log_loss: float
     calibration: float | None
     undefined: int  # domains of one class, left out of wauc and mean_auc
+    reliability: tuple[Bin, ...]  # of all rows, by rising prediction
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, which has no NaN: undefined is null."""
-        plain: dict[str, object] = asdict(self)
-        return plain | {"domains": [asdict(one) for one in self.domains]}
+        lists: dict[str, object] = {
+            "domains": [asdict(one) for one in self.domains],
+            "reliability": [asdict(one) for one in self.reliability],
+        }
+        return asdict(self) | lists
 
     def metric(self, name: str) -> float | None:
         """`wauc`, `mean_auc`, `auc`, `log_loss` or `auc/<domain>`; None when undefined."""
@@ -78,6 +92,19 @@ def log_loss_from_logits(label: Array, logit: Array) -> float:
     """Mean of -log p(label), without forming p, so that a sure and wrong logit stays finite."""
     margin = np.where(label > 0.5, -1.0, 1.0) * logit.astype(np.float64)
     return float(np.logaddexp(0.0, margin).mean())
+
+
+def reliability(label: Array, logit: Array) -> tuple[Bin, ...]:
+    """At most BINS bins of about equally many rows; equal predictions are never parted."""
+    places = np.arange(1, BINS) * len(logit) // BINS
+    cuts = np.unique(np.partition(logit, places)[places])
+    bin_of = np.searchsorted(cuts, logit, side="right")
+    columns = [np.bincount(bin_of, weights) for weights in (None, label > 0.5, _probability(logit))]
+    return tuple(
+        Bin(int(rows), int(positives), float(predicted / rows))
+        for rows, positives, predicted in zip(*columns, strict=True)
+        if rows
+    )
 
 
 def rela_impr(auc: float | None, base: float | None) -> float | None:
@@ -112,6 +139,7 @@ def score(label: Array, logit: Array, domain_index: Array, domains: Sequence[str
         log_loss=whole.log_loss,
         calibration=whole.calibration,
         undefined=len(scores) - len(defined),
+        reliability=reliability(label, logit),
     )
 
 
@@ -129,7 +157,7 @@ def _check(logit: Array, domain_index: Array, domains: Sequence[str]) -> None:
 
 def _domain_score(domain: str, label: Array, logit: Array) -> DomainScore:
     rows, positives = len(label), int((label > 0.5).sum())
-    predicted = float(np.exp(-np.logaddexp(0.0, -logit.astype(np.float64))).sum())
+    predicted = float(_probability(logit).sum())
     return DomainScore(
         domain=domain,
         rows=rows,
@@ -138,6 +166,10 @@ def _domain_score(domain: str, label: Array, logit: Array) -> DomainScore:
         log_loss=log_loss_from_logits(label, logit),
         calibration=predicted / positives if positives else None,
     )
+
+
+def _probability(logit: Array) -> Array:
+    return np.exp(-np.logaddexp(0.0, -logit.astype(np.float64)))
 
 
 def _mean(weighted: list[tuple[int, float]]) -> float | None:

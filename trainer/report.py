@@ -24,7 +24,7 @@ def final_table(summary: dict[str, Any]) -> str:
     """Per domain: rows, AUC and log loss of the shared part and with its adapter."""
     shared, adapted = summary["shared"], summary["adapted"]
     if adapted is None:
-        return f"{shared_table(shared)}\n{_size_line(summary['sizes'])}"
+        return f"{shared_table(shared)}\n{size_line(summary['sizes'])}"
     kept = set(summary["kept"])
     after = {score["domain"]: score for score in adapted["domains"]}
     rows = [
@@ -42,17 +42,17 @@ def final_table(summary: dict[str, Any]) -> str:
         f"{len(kept)} of {len(rows)} adapters beat the shared part on validation rows",
     ]
     lines += [f"no adapter: {reason}" for reason in summary["skipped"].values()]
-    lines.append(_size_line(summary["sizes"]))
+    lines.append(size_line(summary["sizes"]))
     return "\n".join(lines)
 
 
 def shared_table(shared: dict[str, Any]) -> str:
     """Of the shared part alone."""
     rows = [
-        [one["domain"], f"{one['rows']:,}", _figure(one["auc"]), f"{one['log_loss']:.4f}"]
+        [one["domain"], f"{one['rows']:,}", figure(one["auc"]), f"{one['log_loss']:.4f}"]
         for one in shared["domains"]
     ]
-    total = f"WAUC {_figure(shared['wauc'])}; all rows: AUC {_figure(shared['auc'])}"
+    total = f"WAUC {figure(shared['wauc'])}; all rows: AUC {figure(shared['auc'])}"
     lines = [
         grid(["domain", "test rows", "AUC", "log loss"], rows),
         f"{total}, log loss {shared['log_loss']:.4f}{_undefined(shared)}",
@@ -64,8 +64,8 @@ def added_table(summary: dict[str, Any]) -> str:
     """What an added domain gained, and that nobody else moved."""
     before, after = summary["shared"]["domains"][0], summary["adapted"]["domains"][0]
     rows = [
-        ["shared part alone", _figure(before["auc"]), f"{before['log_loss']:.4f}"],
-        ["with its adapter", _figure(after["auc"]), f"{after['log_loss']:.4f}"],
+        ["shared part alone", figure(before["auc"]), f"{before['log_loss']:.4f}"],
+        ["with its adapter", figure(after["auc"]), f"{after['log_loss']:.4f}"],
     ]
     own = ", ".join(f"{key} {count:,}" for key, count in summary["own_ids"].items())
     verdict = "the trunk, the other adapters and all their predictions are bit-equal"
@@ -76,7 +76,7 @@ def added_table(summary: dict[str, Any]) -> str:
             + (f"; rows of its own: {own}" if own else ""),
             f"{summary['others']} other adapters: "
             + (f"MOVED: {', '.join(summary['moved'])}" if summary["moved"] else verdict),
-            _size_line(summary["sizes"]),
+            size_line(summary["sizes"]),
         ]
     )
 
@@ -93,8 +93,8 @@ def scores_table(shared: dict[str, Any], adapted: dict[str, Any]) -> str:
 
 def _wauc_line(shared: dict[str, Any], adapted: dict[str, Any]) -> str:
     before, after = shared["wauc"], adapted["wauc"]
-    line = f"WAUC {_figure(before)} shared, {_figure(after)} with adapters"
-    line += f" ({_change(before, after)})" if before is not None else ""
+    line = f"WAUC {figure(before)} shared, {figure(after)} with adapters"
+    line += f" ({change(before, after)})" if before is not None else ""
     return line + _undefined(shared)
 
 
@@ -106,15 +106,16 @@ def _undefined(shared: dict[str, Any]) -> str:
 
 def _pair(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [
-        _figure(before["auc"]),
-        _figure(after["auc"]),
-        _change(before["auc"], after["auc"]),
+        figure(before["auc"]),
+        figure(after["auc"]),
+        change(before["auc"], after["auc"]),
         f"{before['log_loss']:.4f}",
         f"{after['log_loss']:.4f}",
     ]
 
 
-def _size_line(counts: dict[str, int]) -> str:
+def size_line(counts: dict[str, int]) -> str:
+    """`sizes` in words."""
     trunk, adapter = counts["tables"] + counts["dense"] + counts["frozen"], counts["adapter"]
     line = f"trunk {trunk:,} parameters ({4 * trunk:,} bytes; {counts['tables']:,} in tables"
     line += f", {counts['frozen']:,} frozen)" if counts["frozen"] else ")"
@@ -123,11 +124,13 @@ def _size_line(counts: dict[str, int]) -> str:
     return line
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """Four digits, or that there is none."""
     return "undefined" if value is None else f"{value:.4f}"
 
 
-def _change(before: float | None, after: float | None) -> str:
+def change(before: float | None, after: float | None) -> str:
+    """With its sign; empty where one of them is undefined."""
     return "" if before is None or after is None else f"{after - before:+.4f}"
 
 

@@ -1,8 +1,8 @@
 """A run's folder: what it was asked, what it learned, and everything needed to use that later.
 
 run.toml, metrics.jsonl, wandb/, teachers/ (their logits), checkpoints/, trunk/ (the shared part at
-its best), vocabulary/, adapting/<domain>/ (checkpoints of phase 2), summary.json, pictures/,
-adapters/<method>/<domain>/<version>/, added/<domain>.json.
+its best), vocabulary/, adapting/<domain>/ (checkpoints of phase 2), summary.json, report.html,
+pictures/, adapters/<method>/<domain>/<version>/, added/<domain>.json.
 """
 
 import json

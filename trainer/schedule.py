@@ -13,6 +13,7 @@ from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
 from trainer.evaluate import evaluate, predict
 from trainer.log import RunLog
+from trainer.machine import machine
 from trainer.metrics import Scores
 from trainer.model import trunk_alone, with_adapters
 from trainer.own_rows import renumbered
@@ -34,6 +35,7 @@ def train(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     folder.open(config, ranks)
     log = RunLog(ranks.first, folder.path, config.tracking, config.name)
     try:
+        log.metrics("start", {"ranks": ranks.world, "device": ranks.device.type, **machine()})
         return _train(config, ranks, index, folder, log)
     finally:
         log.close()
@@ -81,6 +83,9 @@ def _train(
     waucs = {"wauc_shared": base.wauc} | ({"wauc_adapted": adapted.wauc} if adapted else {})
     log.metrics("test", waucs)
     log.say(final_table(summary))
+    for name in ("shared", "adapted"):
+        for part in ("domains", "reliability") if summary[name] else ():
+            log.table(f"{name}/{part}", summary[name][part])
     if config.tracking.pictures:
         take_pictures(trunk, kept, test, summary, folder.pictures, log)
     return summary
