@@ -41,7 +41,8 @@ from trainer.machine import machine
 from trainer.model import Model
 from trainer.trunk import Trunk, new_trunk
 
-RUN_FILE = Path(__file__).parents[1] / "launch" / "runs" / "amazon_unictr.toml"
+ROOT = Path(__file__).parents[1]
+RUN_FILE = ROOT / "launch" / "runs" / "amazon_unictr.toml"
 STEPS = 2  # of one turn
 PeerRows = tuple[Tensor, Tensor, Tensor, Tensor]  # ids [B, longest], mask, domains [B], labels [B]
 
@@ -282,17 +283,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/unictr.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    overrides = [f"data.shards={args.shards}", f"reading.global_batch={args.batch}"]
-    overrides += ["encoder.cache_gb=2", "engine.optimizer=adamw"]
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/unictr.json")
+    torch.set_num_threads((args := parser.parse_args()).threads)
+    chosen = [f"data.shards={args.shards}", f"reading.global_batch={args.batch}"]
+    overrides = [*chosen, "encoder.cache_gb=2", "engine.optimizer=adamw"]
     setting = Setting(run_files.load(RUN_FILE, overrides), groups.start(), args.rounds)
     parts = [PARTS[part](setting) for part in args.part or PARTS]
     groups.stop()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    date = datetime.now(UTC).isoformat(timespec="minutes")
-    content = {"date": date, "machine": machine(), "threads": args.threads, "parts": parts}
+    about = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine()}
+    content = {**about, "threads": args.threads, "parts": parts}
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

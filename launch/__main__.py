@@ -11,6 +11,7 @@ from data_shards.errors import LostError, UserError
 from launch import (
     add_domain,
     cache_text,
+    compare,
     demo,
     drill,
     evaluate,
@@ -38,6 +39,7 @@ VERBS = {
     "add-domain": add_domain,
     "remove-domain": remove_domain,
     "evaluate": evaluate,
+    "compare": compare,
     "predict": predict,
     "export": export,
     "inspect": inspect,

@@ -9,10 +9,16 @@ Example: python -m launch write-shards launch/runs/movielens_mlora.toml
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_shards import Part, Vocabulary, open_source, write_shards
+from data_shards import Index, Part, Vocabulary, open_source, write_shards
 from data_shards.prompted import Prompter
 from launch.progress import say
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+WHOLE = Part()
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         type=_part,
-        default=Part(),
+        default=WHOLE,
         metavar="I/N",
         help="this machine's share, of N that write into one folder at the same time (I from 0)",
     )
@@ -52,11 +58,29 @@ def run(args: argparse.Namespace) -> None:
     from trainer.prompting import prompter_of
 
     config = run_files.load(args.run_file, args.overrides)
-    data, prompter = config.data, prompter_of(config)
-    out = args.out or Path(data.shards)
-    base = _vocabulary(args.base, prompter) if args.base else None
+    out = args.out or Path(config.data.shards)
+    base = _vocabulary(args.base, prompter_of(config)) if args.base else None
     start = time.monotonic()
-    index = write_shards(
+    index = write(config, out, base, args.jobs, args.part)
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in index.dropped.items()) or "none"
+    say(
+        f"{out}: {index.rows:,} rows of {len(index.domains)} domains, dropped: {dropped}; "
+        f"{time.monotonic() - start:.1f} s"
+    )
+
+
+def write(
+    config: "RunConfig",
+    out: Path,
+    base: Vocabulary | None = None,
+    jobs: int = 1,
+    part: Part = WHOLE,
+) -> Index:
+    """The shard set that a run file's [data] section describes, in the new folder `out`."""
+    from trainer.prompting import prompter_of
+
+    data = config.data
+    return write_shards(
         open_source(data.source, data.raw.fields),
         data.schema,
         data.split,
@@ -66,13 +90,8 @@ def run(args: argparse.Namespace) -> None:
         only_domains=data.only,
         hold_out=data.hold_out,
         base=base,
-        prompter=prompter,
-        jobs=args.jobs,
-        part=args.part,
+        prompter=prompter_of(config),
+        jobs=jobs,
+        part=part,
         progress=say,
-    )
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in index.dropped.items()) or "none"
-    say(
-        f"{out}: {index.rows:,} rows of {len(index.domains)} domains, dropped: {dropped}; "
-        f"{time.monotonic() - start:.1f} s"
     )

@@ -1,12 +1,9 @@
 """A run is one TOML file: frozen nested dataclasses, read strictly, written back as resolved."""
 
-import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tomli_w
@@ -22,6 +19,7 @@ from models.backbones import BackboneConfig, MLPConfig
 from trainer.engine import EngineConfig
 from trainer.phases import AdaptConfig, PretrainConfig, TeacherConfig
 from trainer.ranks import FaultsConfig
+from trainer.strictly import leave_out, override, parsed, strictly
 
 UNBOUND = "faults"  # the section that says nothing of what a run learns
 
@@ -187,16 +185,15 @@ class RunConfig:
             )
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file; each override is "a.b=value", the value in TOML (bare words are strings)."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such run file; there are some in launch/runs") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _override(data, override)
+def load(path: Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> RunConfig:
+    """Read a run file; each override is "a.b=value", the value in TOML (bare words are strings).
+
+    `without`: dotted keys that are left out of the file first."""
+    data = parsed(path, "run file", "launch/runs")
+    for key in without:
+        leave_out(data, key, path)
+    for one in overrides:
+        override(data, one)
     return from_dict(data, str(path))
 
 
@@ -204,11 +201,7 @@ def from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     """Build the config; an unknown key or a value of another type names the key and the way out."""
     if isinstance(data.get("backbone"), Mapping):
         data = {**data, "backbone": {"name": "mlp", **data["backbone"]}}
-    _refuse_unknown_keys(RunConfig, data, where, "")
-    try:
-        return pydantic.TypeAdapter(RunConfig).validate_python(data)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
+    return strictly(RunConfig, data, where)
 
 
 def dump(config: RunConfig) -> str:
@@ -236,65 +229,3 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "
         elif x != y:
             return f"{prefix}{key}"
     return None
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override}: write it as key=value, such as --set pretrain.lr=0.01")
-    try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
-    for part in path:
-        data = data.setdefault(part, {})
-        if not isinstance(data, dict):
-            raise UserError(f"--set {override}: {part} is a value, not a section")
-    data[last] = value
-
-
-def _refuse_unknown_keys(kind: type, data: Any, where: str, prefix: str) -> None:
-    if not isinstance(data, Mapping):
-        return  # a value where a section belongs: pydantic says so
-    known = get_type_hints(kind)
-    for key, value in data.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        for item in value if isinstance(value, list) else [value]:
-            inner = _section(known[key], item, f"{where}: {prefix}{key}")
-            if inner is not None:
-                _refuse_unknown_keys(inner, item, where, f"{prefix}{key}.")
-
-
-def _section(hint: Any, data: Any, where: str) -> type | None:
-    """The dataclass that a section is read into; one of several by the section's kind or name."""
-    choices: list[Any] = [t for t in _members(hint) if is_dataclass(t)]
-    if len(choices) < 2 or not isinstance(data, Mapping):
-        return choices[0] if choices else None
-    hints = [get_type_hints(t) for t in choices]
-    tag = "kind" if "kind" in hints[0] else "name"
-    by_tag = {get_args(h[tag])[0]: t for h, t in zip(hints, choices, strict=True)}
-    if tag not in data:
-        raise UserError(f"{where}: {tag} is missing; there are: {', '.join(by_tag)}")
-    if data[tag] not in by_tag:
-        raise UserError(f"{where}: {unknown(tag, str(data[tag]), by_tag)}")
-    return by_tag[data[tag]]
-
-
-def _members(hint: Any) -> list[Any]:
-    """A type, what it is a union or a list of, and theirs."""
-    return [hint, *(t for part in get_args(hint) for t in _members(part))]
-
-
-def _first_problem(error: pydantic.ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    # pydantic names the kind of a section as if it were a key
-    tagged = ("source", "backbone", "method")
-    loc = [part for before, part in pairwise(("", *problem["loc"])) if before not in tagged]
-    key = ".".join(str(part) for part in loc) or "run file"
-    message = problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] in ("missing", "value_error") else f", not {problem['input']!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{got}"

@@ -3,6 +3,8 @@
 import os
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import torch
 PACKAGES = (
     "torch",
     "torchrec",
-    "fbgemm-gpu",
     "fbgemm-gpu-cpu",
+    "fbgemm-gpu",
     "deepspeed",
     "numba",
     "numpy",
@@ -21,27 +23,25 @@ PACKAGES = (
 )
 
 
+@cache
 def machine() -> dict[str, Any]:
-    """This machine and the packages that count, as plain values for JSON."""
+    """Processor, memory, and the versions of what does the work."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # one of the two fbgemms
+            packages[name] = version(name)
     return {
         "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(memory, 1),
         "system": platform.system(),
         "python": platform.python_version(),
-        "packages": dict(_versions()),
+        "packages": packages,
         "matrix_library": "mkl" if torch.backends.mkl.is_available() else "other",
     }
-
-
-def _versions() -> Iterable[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:  # one of the two fbgemm is never there
-            continue
 
 
 def _lines(path: str) -> Iterable[str]:

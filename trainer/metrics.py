@@ -5,7 +5,7 @@ AUC is the rank statistic with ties averaged, from one sort per domain: no bins,
 pairwise definition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,6 +61,21 @@ class Scores:
             "reliability": [asdict(one) for one in self.reliability],
         }
         return asdict(self) | lists
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Scores":
+        """The inverse of `to_dict`."""
+        domains = tuple(DomainScore(**one) for one in plain["domains"])
+        return cls(**{**plain, "domains": domains})
+
+    def of(self, domain: str) -> "Scores":
+        """Those of one domain's rows alone."""
+        known = {one.domain: one for one in self.domains}
+        if domain not in known:
+            raise unknown("domain", domain, known)
+        one = known[domain]
+        rest = one.log_loss, one.calibration, int(one.auc is None)
+        return Scores((one,), one.auc, one.auc, one.auc, *rest)
 
     def metric(self, name: str) -> float | None:
         """`wauc`, `mean_auc`, `auc`, `log_loss` or `auc/<domain>`; None when undefined."""
