@@ -20,7 +20,7 @@ AUCS = st.floats(0.4, 0.95) | st.none()
 
 def _cell(model: str, setting: str, seed: int, auc: float | None) -> Row:
     one = DomainScore("d0", 100, 30, auc, 0.5, 1.0)
-    scores = Scores((one,), auc, auc, auc, 0.5 + seed, 1.0, int(auc is None))
+    scores = Scores((one,), auc, auc, auc, 0.5 + seed, 1.0, int(auc is None), ())
     sizes = {"tables": 80, "dense": 15, "frozen": 0, "adapter": 5}
     rest = {"seconds": 2.0, "steps": 10 * seed, "rows_per_second": None, "latency_ms": None}
     place = {"model": model, "setting": setting, "seed": seed, "run": "trained/x"}

@@ -52,7 +52,7 @@ class Scores:
     log_loss: float
     calibration: float | None
     undefined: int  # domains of one class, left out of wauc and mean_auc
-    reliability: tuple[Bin, ...]  # of all rows, by rising prediction
+    reliability: tuple[Bin, ...]  # of all rows, by rising prediction; none where not counted
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, which has no NaN: undefined is null."""
@@ -66,16 +66,17 @@ class Scores:
     def from_dict(cls, plain: Mapping[str, Any]) -> "Scores":
         """The inverse of `to_dict`."""
         domains = tuple(DomainScore(**one) for one in plain["domains"])
-        return cls(**{**plain, "domains": domains})
+        bins = tuple(Bin(**one) for one in plain["reliability"])
+        return cls(**{**plain, "domains": domains, "reliability": bins})
 
     def of(self, domain: str) -> "Scores":
-        """Those of one domain's rows alone."""
+        """Those of one domain's rows alone, whose bins nobody has counted."""
         known = {one.domain: one for one in self.domains}
         if domain not in known:
             raise unknown("domain", domain, known)
         one = known[domain]
         rest = one.log_loss, one.calibration, int(one.auc is None)
-        return Scores((one,), one.auc, one.auc, one.auc, *rest)
+        return Scores((one,), one.auc, one.auc, one.auc, *rest, ())
 
     def metric(self, name: str) -> float | None:
         """`wauc`, `mean_auc`, `auc`, `log_loss` or `auc/<domain>`; None when undefined."""
