@@ -17,9 +17,10 @@ from benchmarks.measured import Measured
 from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.config import RunConfig
+from trainer.evaluate import zero_shot
 from trainer.report import grid
 from trainer.run_folder import RunFolder
-from trainer.schedule import add_domain, train, zero_shot
+from trainer.schedule import add_domain, train
 
 ROOT = Path(__file__).parents[1]
 RUN_FILE = ROOT / "launch" / "runs" / "amazon_unictr.toml"

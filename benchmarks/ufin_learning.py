@@ -22,7 +22,7 @@ from models import MLoRAConfig
 from trainer import config as run_files
 from trainer import ranks as groups
 from trainer.config import RunConfig
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, zero_shot
 from trainer.log import RunLog
 from trainer.metrics import Scores
 from trainer.model import trunk_alone
@@ -30,7 +30,7 @@ from trainer.pretrain import pretrain
 from trainer.ranks import Ranks
 from trainer.report import grid
 from trainer.run_folder import RunFolder
-from trainer.schedule import add_domain, train, zero_shot
+from trainer.schedule import add_domain, train
 from trainer.text_build import build
 from trainer.trunk import new_trunk
 

@@ -24,13 +24,13 @@ from launch.write_shards import write
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, zero_shot
 from trainer.log import RunLog
 from trainer.model import Model, trunk_alone, with_adapters
 from trainer.ranks import Ranks, together
 from trainer.report import sizes
 from trainer.run_folder import RunFolder
-from trainer.schedule import train, zero_shot
+from trainer.schedule import train
 from trainer.text_build import build
 
 Found = dict[str, Any]

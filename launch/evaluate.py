@@ -19,9 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from launch.group import joined
+    from trainer.evaluate import evaluate_run, zero_shot
     from trainer.report import scores_table, shared_table
     from trainer.run_folder import RunFolder
-    from trainer.schedule import evaluate_run, zero_shot
 
     config = RunFolder.config(args.run_folder)
     shards = args.shards or config.data.shards

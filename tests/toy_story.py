@@ -28,7 +28,7 @@ from tests.toy_run import (
 from tests.toy_source import toy_source
 from trainer import schedule
 from trainer.config import RunConfig
-from trainer.evaluate import Predictions, evaluate, predict
+from trainer.evaluate import Predictions, evaluate, evaluate_run, predict
 from trainer.metrics import Scores
 from trainer.model import trunk_alone, with_adapters
 from trainer.own_rows import renumbered
@@ -161,8 +161,6 @@ def scores_of(toy: Path, sets: Path, output: Path) -> dict[str, tuple[Scores, Sc
     """Of the test rows of three shard sets: without, and with adapters."""
     config = toy_config(toy, output, *RUN)
     return {
-        path.name: schedule.evaluate_run(
-            config, RunFolder(config.folder), path, config.test, None, here()
-        )
+        path.name: evaluate_run(config, RunFolder(config.folder), path, config.test, None, here())
         for path in (toy / "shards", toy / "added", sets / "later")
     }

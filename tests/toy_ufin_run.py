@@ -22,7 +22,7 @@ from trainer import config as run_files
 from trainer import sample as sampling
 from trainer import schedule
 from trainer.config import RunConfig
-from trainer.evaluate import Predictions, predict
+from trainer.evaluate import Predictions, predict, zero_shot
 from trainer.log import RunLog
 from trainer.model import TEACHER, trunk_alone, with_adapters
 from trainer.run_folder import RunFolder
@@ -129,7 +129,7 @@ def live(toy: Path, output: Path, name: str, *overrides: str) -> Story:
     files, found = {"trained": _files(folder)}, {"shared": _logits(config, toy / "shards", False)}
     found["trained"] = _logits(config, toy / "shards")
     seen = _seen(config, toy / "shards")
-    shot = schedule.zero_shot(config, folder, toy / "added", config.test, "games", ranks)
+    shot = zero_shot(config, folder, toy / "added", config.test, "games", ranks)
     added = schedule.add_domain(config, folder, "games", toy / "added", ranks)
     files |= {"added": _files(folder), "without games": _files(folder, "games")}
     found |= {"added": _logits(config, toy / "shards"), "games": _logits(config, toy / "added")}

@@ -24,7 +24,7 @@ from trainer import schedule
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
-from trainer.evaluate import Predictions, evaluate, predict
+from trainer.evaluate import Predictions, evaluate, predict, zero_shot
 from trainer.log import RunLog
 from trainer.metrics import Scores
 from trainer.model import Model, with_adapters
@@ -225,7 +225,7 @@ def live(toy: Path, output: Path) -> Story:
     files |= {"added": _files(folder), "without games": _files(folder, "games")}
     logits["added"] = _logits(config, toy)
     games = adapters_at(folder.path)["games"]
-    shot = schedule.zero_shot(config, folder, toy / "added", config.test, "games", here())
+    shot = zero_shot(config, folder, toy / "added", config.test, "games", here())
     general = _general(config, toy / "added")
     assert main(["remove-domain", str(folder.path), "games"]) == 0
     files["removed"] = _files(folder)
@@ -245,7 +245,7 @@ def _told(config: RunConfig, toy: Path, output: Path) -> dict[str, str]:
 
     def shot(domain: str) -> Callable[[], Scores]:
         shards = toy / "shards"
-        return lambda: schedule.zero_shot(config, folder, shards, config.test, domain, here())
+        return lambda: zero_shot(config, folder, shards, config.test, domain, here())
 
     return {
         "other encoder": refused(lambda: folder.load_trunk(elsewhere, here())),

@@ -1,4 +1,4 @@
-"""Scores of whole row sets: each rank scores its share, the first rank sees all rows."""
+"""Scores of row sets, and of runs on them: each rank scores its share, the first one sees all."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_shards import Cursor, Loader
+from data_shards import Cursor, Loader, Location, UserError
 from trainer import heartbeat
+from trainer.config import RunConfig
 from trainer.log import Progress
 from trainer.metrics import Scores, score
-from trainer.model import Model
+from trainer.model import Model, trunk_alone, with_adapters
+from trainer.own_rows import renumbered
 from trainer.ranks import Ranks, together
+from trainer.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,40 @@ def gathered(mine: torch.Tensor, ranks: Ranks) -> np.ndarray:
     into = [torch.empty_like(mine) for _ in range(ranks.world)] if ranks.first else None
     dist.gather(mine, into)
     return torch.cat(into).cpu().numpy() if into else mine.cpu().numpy()
+
+
+def evaluate_run(
+    config: RunConfig,
+    folder: RunFolder,
+    shards: Location,
+    splits: tuple[str, ...],
+    domains: tuple[str, ...] | None,
+    ranks: Ranks,
+) -> tuple[Scores, Scores]:
+    """Scores of the shared part alone and with the kept adapters, on any shard set."""
+    trunk = folder.load_trunk(config, ranks)
+    loader = trunk.loader(shards, splits, domains)
+    kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
+    vocabulary = loader.indexes[0].load_vocabulary(shards)
+    kept = [renumbered(adapter, vocabulary) for adapter in kept]
+    base = evaluate(trunk_alone(trunk), loader, ranks, "shared part")
+    return base, evaluate(with_adapters(trunk, kept), loader, ranks, "with adapters")
+
+
+def zero_shot(
+    config: RunConfig,
+    folder: RunFolder,
+    shards: Location,
+    splits: tuple[str, ...],
+    domain: str,
+    ranks: Ranks,
+) -> Scores:
+    """Scores of the shared part on a domain that phase 1 has not seen."""
+    if domain in folder.trunk_values()["domains"]:
+        raise UserError(
+            f"domain {domain!r}: {folder.path} has learned from it, so this is not zero-shot; "
+            "name one that was held out, or leave --zero-shot away"
+        )
+    trunk = folder.load_trunk(config, ranks)
+    loader = trunk.loader(shards, splits, (domain,))
+    return evaluate(trunk_alone(trunk), loader, ranks, f"{domain}, shared part")

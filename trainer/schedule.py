@@ -14,9 +14,7 @@ from trainer.config import RunConfig
 from trainer.evaluate import evaluate, predict
 from trainer.log import RunLog
 from trainer.machine import machine
-from trainer.metrics import Scores
 from trainer.model import trunk_alone, with_adapters
-from trainer.own_rows import renumbered
 from trainer.pictures import take_pictures
 from trainer.pretrain import Pretrained, pretrain
 from trainer.ranks import Ranks, together
@@ -264,40 +262,3 @@ def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
         return Witness(trunk_id, digests, None)
     others = np.array([name != domain for name in found.domains])[found.domain]
     return Witness(trunk_id, digests, found.logit[others])
-
-
-def evaluate_run(
-    config: RunConfig,
-    folder: RunFolder,
-    shards: Location,
-    splits: tuple[str, ...],
-    domains: tuple[str, ...] | None,
-    ranks: Ranks,
-) -> tuple[Scores, Scores]:
-    """Scores of the shared part alone and with the kept adapters, on any shard set."""
-    trunk = folder.load_trunk(config, ranks)
-    loader = trunk.loader(shards, splits, domains)
-    kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
-    vocabulary = loader.indexes[0].load_vocabulary(shards)
-    kept = [renumbered(adapter, vocabulary) for adapter in kept]
-    base = evaluate(trunk_alone(trunk), loader, ranks, "shared part")
-    return base, evaluate(with_adapters(trunk, kept), loader, ranks, "with adapters")
-
-
-def zero_shot(
-    config: RunConfig,
-    folder: RunFolder,
-    shards: Location,
-    splits: tuple[str, ...],
-    domain: str,
-    ranks: Ranks,
-) -> Scores:
-    """Scores of the shared part on a domain that phase 1 has not seen."""
-    if domain in folder.trunk_values()["domains"]:
-        raise UserError(
-            f"domain {domain!r}: {folder.path} has learned from it, so this is not zero-shot; "
-            "name one that was held out, or leave --zero-shot away"
-        )
-    trunk = folder.load_trunk(config, ranks)
-    loader = trunk.loader(shards, splits, (domain,))
-    return evaluate(trunk_alone(trunk), loader, ranks, f"{domain}, shared part")
