@@ -26,6 +26,7 @@ from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
 from trainer.evaluate import evaluate, zero_shot
 from trainer.log import RunLog
+from trainer.machine import code
 from trainer.model import Model, trunk_alone, with_adapters
 from trainer.ranks import Ranks, together
 from trainer.report import sizes
@@ -74,7 +75,7 @@ class SuiteFolder:
         model = config.backbone.name if config.method.name == "mlora" else config.method.name
         config = bound(config, self.path, f"{model}-{config.seed}-{key}", shards)
         found = ACTS[work.act](self, replace(work, config=config))
-        found["run"] = f"trained/{config.name}"
+        found["run"], found["code"] = f"trained/{config.name}", code()
         found["wall_seconds"] = round(time.monotonic() - began, 1)
         found["cpu_seconds"] = round(time.process_time() - worked, 1)
         if self.ranks.first:

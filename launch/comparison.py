@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 
@@ -14,9 +13,11 @@ from data_shards import UserError
 from data_shards.errors import LostError
 from launch.cells import SuiteFolder, locked, write_whole
 from launch.progress import say
-from launch.standing import Row, as_csv, cell_row, printed, results, table
+from launch.standing import Row, as_csv, cell_row, checked_row, printed, results, table
 from launch.suite import Cell, Plan, Point, Suite
+from trainer import preemption
 from trainer.early_stopping import LOWER_IS_BETTER
+from trainer.machine import code
 from trainer.metrics import Scores
 from trainer.ranks import Ranks
 
@@ -38,13 +39,17 @@ class Asked:
         for seed in seeds or ():
             if seed not in suite.seeds:
                 raise UserError(f"--seeds {seed}: the suite has {', '.join(map(str, suite.seeds))}")
-        names = [f"{m}, {s}" for m, s in product(suite.model_labels, suite.setting_labels)]
+        names = [f"{model.label}, {setting.label}" for model, setting in suite.pairs]
         if not any(only in name for name in names):
             raise UserError(f"--only {only!r}: in no cell's name; there are: {'; '.join(names)}")
         return cls(tuple(seeds or suite.seeds), only)
 
     def __contains__(self, cell: Cell) -> bool:
-        return cell.seed in self.seeds and self.only in f"{cell.model.label}, {cell.setting.label}"
+        return cell.seed in self.seeds and self.about(cell)
+
+    def about(self, cell: Cell) -> bool:
+        """Whether it is of a model and a setting that are asked for, at whatever seed."""
+        return self.only in f"{cell.model.label}, {cell.setting.label}"
 
 
 class Comparison:
@@ -58,7 +63,8 @@ class Comparison:
 
     def run(self) -> None:
         """Fill what is asked for, but for what other processes are at."""
-        trials = [cell for tried in self._trials().values() for cell in tried if cell in self.asked]
+        tried = (cell for trials in self._trials().values() for cell in trials)
+        trials = [cell for cell in tried if self.asked.about(cell)]  # whatever seeds come later
         self._do(trials)
         self._do(trials, wait=True)
         self._do(self._wanted(self.ranks.broadcast(self._points())))
@@ -78,8 +84,17 @@ class Comparison:
 
     def printed(self) -> str:
         """The table of all that is finished."""
-        rows = table(self.suite, self._finished())
-        return printed(self.suite, rows) if rows else "no cell is finished yet"
+        cells = self._finished()
+        if not cells:
+            return "no cell is finished yet"
+        lines = [printed(self.suite, table(self.suite, cells))]
+        old = sum(cell["code"] != code() for cell in cells)
+        if old:
+            lines.append(
+                f"{old} of {len(cells)} cells were filled by another version of the code: "
+                f"{self.folder.path}/found holds them; without it they are run anew"
+            )
+        return "\n".join(lines)
 
     def _wanted(self, points: Points) -> list[Cell]:
         return [cell for cell in self.plan.cells(points) if cell in self.asked]
@@ -95,15 +110,14 @@ class Comparison:
                 _on_validation(self.plan.cell(model, setting, suite.seeds[0], point))
                 for point in points
             ]
-            for model, setting in product(suite.models, suite.settings)
+            for model, setting in suite.pairs
         }
 
     def _points(self) -> Points:
         """What each model and setting has picked, where all is tried; as this rank sees it."""
         suite = self.suite
         if len(suite.points) == 1:
-            every = product(suite.model_labels, suite.setting_labels)
-            return {place: suite.points[0] for place in every}
+            return {(one.label, other.label): suite.points[0] for one, other in suite.pairs}
         found = {}
         for place, trials in self._trials().items():
             scored = [self._score(trial) for trial in trials]
@@ -146,8 +160,8 @@ class Comparison:
         except UserError as error:
             if self.ranks.world > 1:  # the others may be anywhere
                 raise UserError(f"{name}: {error}") from error
-            self.failed[name] = str(error)
-            say(f"{name}: {error}")
+            preemption.forget()
+            self._tell(name, error)
             return
         if found is not None:
             self._took.append(time.monotonic() - began)
@@ -155,8 +169,19 @@ class Comparison:
 
     def _finished(self) -> list[Row]:
         """Of the first rank: a row for each cell that is there, whoever filled it."""
-        cells = ((cell, self.folder.read(cell.work)) for cell in self.plan.cells(self._points()))
-        return [cell_row(cell, found) for cell, found in cells if found is not None]
+        rows = []
+        for cell in self.plan.cells(self._points()):
+            found = self.folder.read(cell.work)
+            try:
+                rows += [] if found is None else [checked_row(self.suite, cell, found)]
+            except UserError as error:  # such as of a domain that has no test rows
+                if cell.name not in self.failed:
+                    self._tell(cell.name, error)
+        return rows
+
+    def _tell(self, name: str, error: UserError) -> None:
+        self.failed[name] = str(error)
+        say(f"{name}: {error}")
 
     def _save(self) -> None:
         """What there is now, written whole by one process at a time."""

@@ -1,6 +1,5 @@
 """What a run has cost, and how long a prediction by it takes."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from data_shards import Batch, Cursor, Location
 from trainer.adapter_store import Adapter
+from trainer.log import lines_of
 from trainer.model import Model
 from trainer.trunk import Trunk
 
@@ -40,8 +40,9 @@ class Cost:
 
 def cost_of_pretrain(trunk: Trunk, metrics: Path, shards: Location) -> Cost:
     """As the last evaluation of phase 1 noted it; none where the run had no such phase."""
-    noted = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [one for one in noted if one["phase"] == "pretrain" and "seconds" in one]
+    steps = [
+        one for one in lines_of(metrics) if one.get("phase") == "pretrain" and "seconds" in one
+    ]
     if not steps:
         return Cost()
     return _cost(steps[-1]["step"], steps[-1]["seconds"], trunk, shards, trunk.config.pretrain.rows)

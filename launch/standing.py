@@ -29,7 +29,15 @@ def cell_row(cell: Cell, found: Mapping[str, Any]) -> Row:
     scores = Scores.from_dict(part["scores"])
     scores = scores.of(cell.domain) if cell.domain else scores
     place = {"model": cell.model.label, "setting": cell.setting.label, "seed": cell.seed}
-    return {**place, "run": found["run"], **part, "scores": scores.to_dict()}
+    made = {"run": found["run"], "code": found["code"]}
+    return {**place, **made, **part, "scores": scores.to_dict()}
+
+
+def checked_row(suite: Suite, cell: Cell, found: Mapping[str, Any]) -> Row:
+    """Likewise; UserError where the suite's metric is of a domain that has no rows there."""
+    row = cell_row(cell, found)
+    Scores.from_dict(row["scores"]).metric(suite.metric)
+    return row
 
 
 @dataclass(frozen=True)

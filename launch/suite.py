@@ -5,6 +5,7 @@ lists values of a few keys, of which each model and setting takes the best on va
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -19,13 +20,14 @@ from trainer.config import RunConfig
 from trainer.metrics import METRICS
 from trainer.strictly import parsed, strictly
 
+FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 Point = Mapping[str, Any]
 """A value of each key of the grid."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """`[[models]]`: a row of the table."""
+class Change:
+    """What a row or a column of the table changes."""
 
     label: str
     set: tuple[str, ...] = ()
@@ -39,7 +41,15 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Setting(Model):
+class Model(Change):
+    """`[[models]]`: a row of the table."""
+
+    settings: tuple[str, ...] = ()
+    """Those that mean something for it; none named: all."""
+
+
+@dataclass(frozen=True)
+class Setting(Change):
     """`[[settings]]`: a column of the table."""
 
     kind: str = "train"
@@ -112,6 +122,12 @@ class Suite:
             raise unknown("metric", self.metric, (*METRICS, "auc/<domain>"))
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds: {list(self.seeds)}; give at least one, and each once")
+        if not FOLDER.fullmatch(self.name):
+            raise UserError(f"name: {self.name!r} names a folder; letters, digits, _ and - will do")
+        for model in self.models:
+            for label in model.settings:
+                if label not in self.setting_labels:
+                    raise unknown(f"setting of {model.label!r}:", label, self.setting_labels)
         self._check_kinds()
         self._check_axis()
         self._check_published()
@@ -132,8 +148,17 @@ class Suite:
     @property
     def places(self) -> dict[str, float]:
         """On the axis, of the models or of the settings."""
-        every: tuple[Model, ...] = (*self.models, *self.settings)
+        every: tuple[Change, ...] = (*self.models, *self.settings)
         return {one.label: one.at for one in every if one.at is not None}
+
+    @property
+    def pairs(self) -> list[tuple[Model, Setting]]:
+        """The places of the table, row by row."""
+        return [
+            (model, setting)
+            for model, setting in product(self.models, self.settings)
+            if not model.settings or setting.label in model.settings
+        ]
 
     @property
     def points(self) -> list[Point]:
@@ -207,7 +232,7 @@ class Plan:
         """UserError for the first cell whose run file and changes do not go together."""
         self.suite, self.path, self.overrides = suite, path, overrides
         self._configs: dict[str, RunConfig] = {}
-        for model, setting, point in product(suite.models, suite.settings, suite.points):
+        for (model, setting), point in product(suite.pairs, suite.points):
             self.cell(model, setting, suite.seeds[0], point)
 
     @classmethod
@@ -220,7 +245,7 @@ class Plan:
     def cells(self, points: Mapping[tuple[str, str], Point]) -> Iterator[Cell]:
         """Seed by seed, of those models and settings that have their point of the grid."""
         suite = self.suite
-        for seed, model, setting in product(suite.seeds, suite.models, suite.settings):
+        for seed, (model, setting) in product(suite.seeds, suite.pairs):
             if (model.label, setting.label) in points:
                 yield self.cell(model, setting, seed, points[model.label, setting.label])
 

@@ -9,10 +9,23 @@ import pytest
 
 from data_shards import UserError
 from launch.__main__ import main
-from launch.comparison import Comparison
+from launch.comparison import Asked, Comparison
+from launch.measures import Cost, cost_of_pretrain
 from launch.suite import Plan
 from tests.gang import gang
-from tests.toy_suite import DOMAINS, MODELS, RATES, SETTINGS, WAYS, Told, learned, tell, write_suite
+from tests.toy_suite import (
+    DOMAINS,
+    GRID,
+    MODELS,
+    RATES,
+    SETTINGS,
+    WAYS,
+    Told,
+    learned,
+    tell,
+    write_suite,
+)
+from trainer.ranks import Ranks
 from trainer.run_folder import RunFolder
 
 SUITES = sorted((Path(__file__).parents[1] / "launch" / "suites").glob("*.toml"))
@@ -148,16 +161,60 @@ def test_every_suite_resolves_all_its_cells(path: Path) -> None:
     plan = Plan.load(path)
     suite = plan.suite
     assert suite.name == path.stem, "its folder bears its name"
-    cells = [
-        *plan.cells(
-            {(m, s): suite.points[0] for m in suite.model_labels for s in suite.setting_labels}
-        )
-    ]
-    assert len(cells) == len(suite.seeds) * len(suite.models) * len(suite.settings)
+    cells = [*plan.cells({(m.label, s.label): suite.points[0] for m, s in suite.pairs})]
+    places = {(cell.model.label, cell.setting.label) for cell in cells}
+    assert len(cells) == len(suite.seeds) * len(places)
+    assert {model for model, _ in places} == {*suite.model_labels}
+    assert {setting for _, setting in places} == {*suite.setting_labels}
+    for model, figures in (suite.published.figures if suite.published else {}).items():
+        assert {(model, setting) for setting in figures} <= places
     assert len(suite.points) <= 8 and suite.note
 
 
+def test_a_grid_is_tried_at_the_first_seed_whatever_seeds_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, done = Plan.load(write_suite(tmp_path, **GRID)), []
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
+    monkeypatch.setattr(Comparison, "_do", lambda self, cells, wait=False: done.append(cells))
+    Comparison(plan, Asked.of(plan.suite, [2], "mlp")).run()
+    assert [cell.seed for cell in done[0]] == [1] * len(RATES) and done[2] == []
+
+
+@pytest.mark.dist
+def test_a_cell_without_the_metric_keeps_no_other_from_the_table(
+    told: Told, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = folder / "whole" / "suite.toml"
+    text = suite.read_text(encoding="utf-8")
+    suite.write_text(text.replace("[[models]]\n", '[[models]]\ndomain = "d9"\n', 1))
+    plan = Plan.load(suite)
+    suite.write_text(text)
+    comparison = Comparison(plan, Asked.of(plan.suite, None, ""))
+    assert "mlp, shared" not in (told_now := comparison.printed()) and "deepfm, shared" in told_now
+    assert comparison.failed["mlp, shared, seed 1"].startswith("unknown domain 'd9'")
+    assert "another version of the code" not in told_now
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launch.comparison.code", lambda: "newer")
+        assert "6 of 6 cells were filled by another version of the code" in comparison.printed()
+
+
+def test_half_a_line_of_a_killed_run_is_no_cost(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "pretrain", "sec{"phase": "adapt a"}\n')
+    trunk: Any = None  # which nobody looks at where phase 1 has noted nothing
+    assert cost_of_pretrain(trunk, tmp_path / "metrics.jsonl", "nowhere") == Cost()
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"name": "a/../b"}, "name: 'a/../b' names a folder; letters, digits, _ and - will do"),
+    (
+        {"models": [{"label": "mlp", "settings": ["shard"]}]},
+        "unknown setting of 'mlp': 'shard'; the nearest is 'shared'",
+    ),
+    (
+        {"models": [{"label": "mlp", "without": ["name.movie"]}]},
+        "without: .*run.toml has no name.movie that could be left out",
+    ),
     ({"nam": "x"}, "suite.toml: unknown key nam; did you mean name"),
     ({"models": [{"label": "a", "sett": []}]}, "unknown key models.sett; did you mean models.set"),
     ({"run": "rum.toml"}, "model 'mlp', setting 'shared': .*rum.toml: no such run file"),
@@ -169,10 +226,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"metric": "wuac"}, "unknown metric 'wuac'; the nearest is 'wauc'"),
     ({"seeds": []}, r"seeds: \[\]; give at least one"),
     ({"seeds": [1, 1]}, r"seeds: \[1, 1\]; give at least one, and each once"),
-    (
-        {"settings": [{**SETTINGS[0], "kind": "trian"}]},
-        "kind of setting 'shared': 'trian'",
-    ),
+    ({"settings": [{**SETTINGS[0], "kind": "trian"}]}, "kind of setting 'shared': 'trian'"),
     (
         {"settings": [{**SETTINGS[0], "kind": "add_domain", "domain": "d1"}]},
         "setting 'shared': kind add_domain has no scores = 'shared', but 'adapted'",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
@@ -137,6 +138,28 @@ def _told_in_the_last_save(root: Path) -> list[Any]:
     return left
 
 
+def _too_slow(root: Path) -> str:
+    """What a phase says that ends while its last save is not through."""
+    go = Event()
+
+    def held(path: Path, content: Iterable[Any]) -> str:
+        assert go.wait(60)
+        return write_file(path, content)
+
+    def end() -> None:
+        with Saver(root, here(), [], 9, RunLog(False, root, plain, "toy")) as saver:
+            saver.save(1, Snapshot({"w": torch.zeros(1)}, {}))
+            raise preemption.PreemptedError
+
+    plain = TrackingConfig(wandb="disabled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "write_file", held)
+        patch.setattr(saving, "TIMEOUT", timedelta(seconds=0.1))
+        said = refused(end)
+    go.set()
+    return said
+
+
 def _best_lost(toy: Path, output: Path) -> dict[str, _Found]:
     """A run whose best checkpoint is damaged when it is started again, with ones from before it
     and without; its first evaluation is never beaten."""
@@ -186,6 +209,7 @@ def _stories(toy: Path, output: Path) -> dict[str, Any]:
         "one phase": _cut_before_the_trunk(toy, output),
         "nothing saved": _told_where_nothing_is_saved(toy, output),  # before a cut while it saves
         "last save": _told_in_the_last_save(output / "saves"),
+        "too slow": _too_slow(output / "slow"),
         "other ids": _other_ids(toy, output),
         "best lost": _best_lost(toy, output),
     }
@@ -217,6 +241,10 @@ def test_nobody_says_saved_where_nothing_is(stories: dict[str, Any]) -> None:
 def test_sigterm_in_the_last_save_waits_for_it(stories: dict[str, Any]) -> None:
     [((status, _), there)] = stories["last save"]
     assert (status, there) == (75, [step_name(1)])
+
+
+def test_a_save_that_is_not_through_is_not_taken_for_saved(stories: dict[str, Any]) -> None:
+    assert "the save of step 1 is not through after 0.1 s, a slow disk" in stories["too slow"]
 
 
 def test_a_damaged_best_checkpoint_is_come_to_again_from_one_before_it(

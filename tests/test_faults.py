@@ -125,6 +125,16 @@ def _signalled(does: str) -> None:
             time.sleep(30)
 
 
+def test_what_failed_while_it_would_have_saved_is_not_asked_again() -> None:
+    preemption._asked.set()
+    with suppress(ValueError), preemption.saving():
+        assert preemption.asked()
+        raise ValueError
+    preemption.forget()
+    assert not preemption.asked()
+    preemption._asked.clear()
+
+
 @pytest.mark.parametrize(("does", "status"), [("nothing", 75), ("saves", 143), ("saved", 75)])
 def test_sigterm_ends_a_process_in_time_whatever_it_does(does: str, status: int) -> None:
     child = os.fork()

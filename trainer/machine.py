@@ -1,5 +1,6 @@
 """What figures were measured on."""
 
+import hashlib
 import os
 import platform
 from collections.abc import Iterable
@@ -42,6 +43,16 @@ def machine() -> dict[str, Any]:
         "packages": packages,
         "matrix_library": "mkl" if torch.backends.mkl.is_available() else "other",
     }
+
+
+@cache
+def code() -> str:
+    """A digest of the rooms that decide what a run learns."""
+    root, whole = Path(__file__).parents[1], hashlib.sha256()
+    for room in ("data_shards", "embeddings", "models", "trainer"):
+        for path in sorted((root / room).rglob("*.py")):
+            whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 def _lines(path: str) -> Iterable[str]:

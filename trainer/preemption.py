@@ -75,6 +75,11 @@ def saving() -> Iterator[None]:
     _saves.clear()
 
 
+def forget() -> None:
+    """What failed inside `saving` is dealt with: there is nothing to save any more."""
+    _saves.clear()
+
+
 def _hear(reader: socket.socket, grace_seconds: float) -> None:
     heard = reader.recv(64)
     while heard and signal.SIGTERM not in heard:  # other signals come by the same way

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_shards.durable import flush
+from data_shards.errors import LostError
 from trainer import checkpoint, exporter
 from trainer.checkpoint import DENSE, FORMAT, LATEST, MANIFEST, STATE, Snapshot, Tables
 from trainer.log import RunLog
@@ -122,6 +123,11 @@ class Saver:
             # What ends a phase, such as a mistake in its rows, is no reason to lose the last save;
             # after a failed collective nobody would answer.
             self._thread.join(TIMEOUT.total_seconds())
+            if self._thread.is_alive():
+                raise LostError(
+                    f"{self._root}: the save of step {self._at} is not through after "
+                    f"{TIMEOUT.total_seconds():g} s, a slow disk; the checkpoint before it stands"
+                )
             if self._error is not None:
                 raise self._error
 

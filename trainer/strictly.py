@@ -62,7 +62,8 @@ def leave_out(data: dict[str, Any], key: str, path: Path) -> None:
     """Take a dotted key out of what this file says."""
     *sections, last = key.split(".")
     for section in sections:
-        data = data.get(section, {})
+        inner = data.get(section)
+        data = inner if isinstance(inner, dict) else {}
     if last not in data:
         raise UserError(f"without: {path} has no {key} that could be left out")
     del data[last]
