@@ -10,6 +10,8 @@ POINTS = 120
 """Of a curve, at most: a page holds hundreds of them."""
 SPARKS = 60
 ADAPT, TEACHER = "adapt ", "teacher of "
+SECTIONS = {ADAPT: "adapt", TEACHER: "teacher"}
+"""Of the run file, by what a phase's name begins with."""
 BOX = 100, 32
 
 
@@ -26,26 +28,43 @@ class Curve:
     domains: dict[str, list[float | None]]
 
     @property
+    def sign(self) -> int:
+        """Of what is better."""
+        return _sign(self.metric)
+
+    @property
     def best(self) -> int | None:
         """The place of the best value."""
-        told = [(value, place) for place, value in enumerate(self.values) if value is not None]
-        sign = -1 if self.metric == "log_loss" else 1
-        return max(told, key=lambda one: sign * one[0])[1] if told else None
+        return _best(self.values, self.metric)
+
+
+def _sign(name: str) -> int:
+    return -1 if name == "log_loss" else 1
+
+
+def _best(values: Sequence[float | None], name: str) -> int | None:
+    told = [(value, place) for place, value in enumerate(values) if value is not None]
+    return max(told, key=lambda one: _sign(name) * one[0])[1] if told else None
 
 
 def curves(lines: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[Curve]:
-    """Of each phase that has evaluated, in their order. A step that was taken twice counts once."""
-    phases: dict[str, dict[int, Mapping[str, Any]]] = {}
+    """Of each phase that has evaluated, in their order. Where a phase went back to an earlier step,
+    what it had told from there on no longer counts."""
+    phases: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         if "log_loss" in line and "step" in line:
-            phases.setdefault(line["phase"], {})[line["step"]] = line
+            found = phases.setdefault(line["phase"], [])
+            while found and found[-1]["step"] >= line["step"]:
+                found.pop()
+            found.append(line)
     return [_curve(phase, found, run) for phase, found in phases.items()]
 
 
-def _curve(phase: str, found: Mapping[int, Mapping[str, Any]], run: Mapping[str, Any]) -> Curve:
-    section = "adapt" if phase.startswith(ADAPT) else "pretrain"
+def _curve(phase: str, found: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> Curve:
+    section = next((of for start, of in SECTIONS.items() if phase.startswith(start)), "pretrain")
     name = run[section]["metric"]
-    told = thinned([found[step] for step in sorted(found)], POINTS)
+    best = _best([line.get(name) for line in found], name)
+    told = thinned(found, POINTS, [] if best is None else [best])
     names = dict.fromkeys(one for line in told for one in line.get("domains", {}))
     return Curve(
         phase,
@@ -159,10 +178,11 @@ def _start(curve: Curve, base: Base) -> float:
 
 
 def _gain(curve: Curve, base: Base) -> float:
+    """Above 0 where the best is better than the start."""
     assert curve.best is not None
     best = curve.values[curve.best]
     assert best is not None
-    return best - _start(curve, base)
+    return curve.sign * (best - _start(curve, base))
 
 
 def _spark(curve: Curve, gain: float, base: Base) -> Spark:

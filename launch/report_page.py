@@ -7,6 +7,7 @@ plotly.js would read them as its own HTML.
 
 import base64
 import html
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,7 @@ class Page:
         environment = jinja2.Environment(
             loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
         )
+        environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
         figures = [
             {
                 "traces": part.traces,
@@ -146,7 +148,7 @@ class Page:
             if isinstance(part, Figure)
         ]
         return environment.get_template("report.html.j2").render(
-            page=self, figures=figures, plotly=get_plotlyjs(), nonce=secrets.token_hex(8)
+            page=self, figures=_finite(figures), plotly=get_plotlyjs(), nonce=secrets.token_hex(8)
         )
 
     def print(self, console: Console) -> None:
@@ -161,6 +163,15 @@ class Page:
         for table in tables:
             if table.brief:
                 console.print(_rich(table))
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it: what is no number or without end is null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rich(table: Table) -> RichTable:
@@ -196,15 +207,16 @@ def metric(name: str) -> str:
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis with its title."""
-    return {"title": {"text": title}, "automargin": True, **more}
+    """An axis with its title, which may be a name."""
+    return {"title": {"text": named(title)}, "automargin": True, **more}
 
 
-def thinned(points: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, evenly, with the first and the last."""
+def thinned(points: Sequence[Any], most: int, also: Sequence[int] = ()) -> list[Any]:
+    """At most so many, evenly, with the first and the last; and those at the places of `also`."""
     if len(points) <= most:
         return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+    places = {round(i * (len(points) - 1) / (most - 1)) for i in range(most)}
+    return [points[place] for place in sorted(places.union(also))]
 
 
 def ranked(values: Sequence[float | None], lower_is_better: bool = False) -> list[str]:

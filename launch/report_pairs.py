@@ -8,6 +8,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from launch.report_page import Figure, axis, metric, named
+from trainer.metrics import Scores
 
 DOUBT = 0.05
 """From this p on, a change is called not significant."""
@@ -16,23 +17,29 @@ NEXT = 0.7
 """Of the room between two models, what their settings take."""
 
 
-def against(one: Mapping[str, Any]) -> list[str]:
+def against(suite: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
     """A place's change against base, and whether it is sure."""
     if one["change"] is None:
         return []
     if one["p"] is None:
-        return [f"{one['change']:+.4f}"]
+        alone = len(_changes(suite, one["model"], one["setting"])) == 1
+        return [f"{one['change']:+.4f}{', 1 seed' if alone else ''}"]
     sure = "n.s." if one["p"] >= DOUBT else "p < 0.001" if one["p"] < 0.001 else f"p {one['p']:.3f}"
     return [f"{one['change']:+.4f}, {sure}"]
+
+
+def reached(suite: Mapping[str, Any], cell: Mapping[str, Any]) -> float | None:
+    """The suite's metric in one of its cells."""
+    return Scores.from_dict(cell["scores"]).metric(suite["metric"])
 
 
 def _values(suite: Mapping[str, Any], model: str, setting: str) -> dict[int, float]:
     """The metric of each seed that has it."""
     return {
-        cell["seed"]: cell["scores"][suite["metric"]]
+        cell["seed"]: value
         for cell in suite["cells"]
         if (cell["model"], cell["setting"]) == (model, setting)
-        and cell["scores"][suite["metric"]] is not None
+        and (value := reached(suite, cell)) is not None
     }
 
 
@@ -61,9 +68,10 @@ def dots(suite: Mapping[str, Any]) -> list[Figure]:
 def changes(suite: Mapping[str, Any]) -> list[Figure]:
     """The same of changes against base."""
     note = f"Each seed less {suite['base']} of that seed; an interval that meets 0 proves nothing."
+    name = f"change against {suite['base']}"
     title = f"Change against {suite['base']}"
     settings = [setting for setting in suite["settings"] if setting != suite["base"]]
-    return _dots(suite, title, note, title.lower(), settings, _changes, 0.0)
+    return _dots(suite, title, note, name, settings, _changes, 0.0)
 
 
 def _dots(

@@ -11,6 +11,7 @@ from data_shards import UserError
 from launch.report_curves import Curve, adapter_sparks, curves, learning, pace
 from launch.report_figures import adapter_sizes, domain_rates, gains, reliability
 from launch.report_page import Cell, Image, Page, Section, Sparks, Table, image, ranked
+from trainer.adapter_store import quoted
 from trainer.log import lines_of
 from trainer.report import change, figure
 from trainer.run_folder import RUN_FILE, SUMMARY
@@ -56,9 +57,22 @@ class Record:
             run,
             lines_of(folder / "metrics.jsonl"),
             json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
-            _adapters(folder / "adapters" / run["method"]["name"]),
+            _adapters(folder / "adapters" / quoted(run["method"]["name"])),
             [_json(path) for path in sorted(folder.glob("added/*.json"))],
         )
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether adapters learned after the shared part, and only those that beat it are kept."""
+        one_phase = self.run.get("pretrain", {}).get("one_phase", False)
+        return "adapt" in self.run.get("phases", ("adapt",)) and not one_phase
+
+    @property
+    def phase_2_seconds(self) -> float:
+        """Of the run's own domains, without those that were added later."""
+        later = {one["domain"] for one in self.added}
+        own = [one["metrics"] for domain, one in self.adapters.items() if domain not in later]
+        return sum(float(metrics.get("seconds", 0)) for metrics in own)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -135,12 +149,13 @@ def _headlines(record: Record) -> list[tuple[str, str, str]]:
         told.append((label, value, more))
     if adapted is not None:
         of = len(shared["domains"])
-        told.append(("Adapters kept", f"{len(summary['kept'])} of {of}", "beat the shared part"))
+        why = "beat the shared part" if record.two_phases else "learned with the shared part"
+        told.append(("Adapters kept", f"{len(summary['kept'])} of {of}", why))
     trunk = sizes["tables"] + sizes["dense"] + sizes.get("frozen", 0)
     share = f"largest adapter {sizes['adapter']:,}" if sizes["adapter"] else "no adapter kept"
     told.append(("Parameters", f"{trunk:,}", share))
-    phase_2 = sum(float(one["metrics"].get("seconds", 0)) for one in record.adapters.values())
-    more = f"and {_time(phase_2)} for adapters" if record.adapters else ""
+    some = record.adapters and record.two_phases
+    more = f"and {_time(record.phase_2_seconds)} for adapters" if some else ""
     return [*told, ("Pretraining", _time(summary["pretrain_seconds"]), more)]
 
 
@@ -222,8 +237,7 @@ def _added(added: list[dict[str, Any]]) -> Table:
     rows = []
     for one in added:
         before, after = one["shared"]["domains"][0], one["adapted"]["domains"][0]
-        auc, _, gain = _scores(before, after)[:3]
-        told = [Cell(f"{before['rows']:,}", before["rows"]), auc, Cell(figure(after["auc"])), gain]
+        told = [Cell(f"{before['rows']:,}", before["rows"]), *_scores(before, after)[:3]]
         moved = ", ".join(one["moved"]) or f"nothing of {one['others']} others"
         kept, seconds = "yes" if one["kept"] else "no", one["seconds"]
         rows.append([Cell(one["domain"]), *told, Cell(kept), Cell(f"{seconds:.1f}", seconds)])

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_shards import UserError
 from launch.report_figures import rates, reliability_trace
 from launch.report_page import Cell, Figure, Page, Section, Table, metric, named, ranked
-from launch.report_pairs import DOUBT, against, changes, dots, over_axis, trade_offs
+from launch.report_pairs import DOUBT, against, changes, dots, over_axis, reached, trade_offs
 from trainer.report import figure
 
 KEYS = {"suite", "title", "note", "metric", "base", "models", "settings", "cells", "table"}
@@ -36,8 +36,8 @@ def suite_page(folder: Path) -> Page:
         Section("Single runs", [*_picked(suite), _cells(suite, folder)]),
     ]
     links = [name for name in ("results.json", "results.csv") if (folder / name).exists()]
-    whole = len(suite["models"]) * len(suite["settings"])
-    missing = whole - len(suite["table"])
+    whole = len(suite["models"]) * len(suite["settings"]) * len(_seeds(suite))
+    missing = whole - len(suite["cells"])
     return Page(
         title=suite["title"],
         what=f"suite {suite['suite']}: {metric(suite['metric'])} on test rows, {_runs(suite)}",
@@ -45,9 +45,14 @@ def suite_page(folder: Path) -> Page:
         sections=[section for section in sections if section.parts],
         facts=_facts(suite),
         links=[(name, name) for name in links],
-        status=f"Not finished: {missing} of {whole} places are still empty." if missing else "",
-        note=suite["note"],
+        status=f"Not finished: {missing} of {whole} runs are still missing." if missing else "",
+        note="\n\n".join(" ".join(part.split()) for part in suite["note"].split("\n\n")),
     )
+
+
+def _seeds(suite: Mapping[str, Any]) -> list[int]:
+    """That each place is to have; results of before do not say it, so those that some have."""
+    return suite.get("seeds") or sorted({cell["seed"] for cell in suite["cells"]})
 
 
 def _runs(suite: Mapping[str, Any]) -> str:
@@ -59,14 +64,19 @@ def _by_place(suite: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]
     return {(one["model"], one["setting"]): one for one in suite["table"]}
 
 
+def _comparable(places: Sequence[dict[str, Any] | None]) -> list[float | None]:
+    """The mean of each; None for one of fewer seeds than another has."""
+    most = max((one["seeds"] for one in places if one), default=0)
+    return [one["mean"] if one and one["seeds"] == most else None for one in places]
+
+
 def _headlines(suite: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The best of all, and of each setting its mean change and where it is sure."""
-    table = [one for one in suite["table"] if one["mean"] is not None]
-    if not table:
-        return []
-    pick = min if suite["metric"] in LOWER else max
-    best = pick(table, key=lambda one: one["mean"])
-    told = [("Best", figure(best["mean"]), f"{best['model']}, {best['setting']}")]
+    table = suite["table"]
+    told, marks = [], ranked(_comparable(table), suite["metric"] in LOWER)
+    for one, mark in zip(table, marks, strict=True):
+        if mark == "best" and not told:
+            told.append(("Best", figure(one["mean"]), f"{one['model']}, {one['setting']}"))
     for setting in suite["settings"]:
         some = [o for o in table if o["setting"] == setting and o["change"] is not None]
         if some:
@@ -84,14 +94,14 @@ def _table(suite: Mapping[str, Any]) -> Table:
     rows = []
     for model in suite["models"]:
         found = [places.get((model, setting)) for setting in suite["settings"]]
-        means = [one["mean"] if one else None for one in found]
-        marks = ranked(means, suite["metric"] in LOWER)
+        marks = ranked(_comparable(found), suite["metric"] in LOWER)
         row = [Cell(model)]
         for setting, one, mark in zip(suite["settings"], found, marks, strict=True):
             paper = published.get(model, {}).get(setting)
-            row.append(_place(one, mark, paper))
+            row.append(_place(suite, one, mark, paper))
         rows.append(row)
-    note = "Mean ± standard deviation over seeds, best and second best of each row marked. "
+    note = "Mean ± standard deviation over seeds, best and second best of each row marked, among "
+    note += "places of most seeds. "
     note += f"Below: change against {suite['base']}, with p of a paired test over seeds"
     note += f" (n.s.: p ≥ {DOUBT})."
     if suite.get("published"):
@@ -106,12 +116,14 @@ def _table(suite: Mapping[str, Any]) -> Table:
     )
 
 
-def _place(one: Mapping[str, Any] | None, mark: str, paper: float | None) -> Cell:
+def _place(
+    suite: Mapping[str, Any], one: Mapping[str, Any] | None, mark: str, paper: float | None
+) -> Cell:
     more = [] if paper is None else [f"published {paper:.4f}"]
     if one is None:
         return Cell("–", more=tuple(more))
     text = figure(one["mean"]) + ("" if one["sd"] is None else f" ± {one['sd']:.4f}")
-    return Cell(text, one["mean"], mark, (*against(one), *more))
+    return Cell(text, one["mean"], mark, (*against(suite, one), *more))
 
 
 def _costs(suite: Mapping[str, Any]) -> Table:
@@ -174,7 +186,7 @@ def _cells(suite: Mapping[str, Any], folder: Path) -> Table:
     ]
     rows = []
     for cell in suite["cells"]:
-        value = cell["scores"][suite["metric"]]
+        value = reached(suite, cell)
         rows.append(
             [
                 Cell(cell["model"], link=_link(folder, cell["run"])),
@@ -191,8 +203,9 @@ def _cells(suite: Mapping[str, Any], folder: Path) -> Table:
 
 def _link(folder: Path, run: str) -> str:
     """The run's own page, if it lies there; a path that leaves for elsewhere gives none."""
-    page = folder / run / "report.html"
-    return page.relative_to(folder).as_posix() if page.exists() else ""
+    home, page = folder.resolve(), (folder / run / "report.html").resolve()
+    inside = page.is_relative_to(home) and page.exists()
+    return page.relative_to(home).as_posix() if inside else ""
 
 
 def _facts(suite: Mapping[str, Any]) -> dict[str, str]:

@@ -133,6 +133,7 @@ def results(
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "models": suite.model_labels,
         "settings": suite.setting_labels,
+        "seeds": list(suite.seeds),
         "axis": {"name": suite.axis, "values": suite.places} if suite.axis else None,
         "published": {"source": published.source, "figures": published.figures}
         if published

@@ -104,6 +104,7 @@ def test_published_figures_stand_beside_ours() -> None:
     found = results(suite, cells, {("mlp", "shared"): {}})
     assert found["published"] == {"source": "A paper", "figures": paper.figures}
     assert found["grid"] == {} and found["axis"] is None and len(found["table"]) == 2
+    assert found["seeds"] == [*suite.seeds]
 
 
 def test_a_loss_has_no_gain_over_chance() -> None:

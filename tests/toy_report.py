@@ -106,7 +106,8 @@ def write_suite(folder: Path) -> Path:
         "date": "2026-01-01",
         "grid": {},
     }
-    suite |= {"models": models, "settings": settings, "cells": cells, "table": table}
+    suite |= {"models": models, "settings": settings, "seeds": [1, 2, 3]}
+    suite |= {"cells": cells, "table": table}
     suite["axis"] = {"name": "width", "values": dict(zip(models, (1, 2), strict=True))}
     suite["published"] = {"source": "a paper", "figures": {"mlp": {"shared": 0.8015}}}
     (folder / "results.json").write_text(json.dumps(suite), encoding="utf-8")
