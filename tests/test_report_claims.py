@@ -77,6 +77,17 @@ def test_a_suite_in_progress_is_not_compared_across_seeds(tmp_path: Path) -> Non
     assert page.headlines[0][2] == "mlp, +adapters"
 
 
+def test_results_of_before_have_neither_seeds_nor_bins(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path / "suite")
+    cells = json.loads((folder / "results.json").read_text())["cells"]
+    for cell in cells:
+        del cell["scores"]["reliability"]
+    _change(folder, cells=cells, seeds=None)
+    page = suite_page(folder)
+    assert page.status == "Not finished: 3 of 18 runs are still missing."
+    assert "Calibration" not in [section.title for section in page.sections]
+
+
 @pytest.mark.parametrize(("metric", "best"), [("auc", 0.9), ("log_loss", 0.1)])
 def test_a_thinned_curve_keeps_its_best_and_the_gain_has_its_sign(metric: str, best: float) -> None:
     told = [(step, best if step == 501 else 0.5) for step in range(1, 1001)]

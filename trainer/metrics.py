@@ -64,9 +64,9 @@ class Scores:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Scores":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; scores of before have no bins."""
         domains = tuple(DomainScore(**one) for one in plain["domains"])
-        bins = tuple(Bin(**one) for one in plain["reliability"])
+        bins = tuple(Bin(**one) for one in plain.get("reliability", ()))
         return cls(**{**plain, "domains": domains, "reliability": bins})
 
     def of(self, domain: str) -> "Scores":
