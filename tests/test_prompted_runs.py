@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import json
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -207,7 +208,7 @@ MISTAKES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 def test_a_mistake_in_the_run_file_is_named(
     spoil: Callable[[dict[str, Any]], object], message: str, made: Path
 ) -> None:
-    values = run_files.tomllib.loads((made / "run.toml").read_text(encoding="utf-8"))
+    values = tomllib.loads((made / "run.toml").read_text(encoding="utf-8"))
     spoil(values)
     with pytest.raises(UserError, match=message):
         run_files.from_dict(values, "run.toml").data.raw  # noqa: B018
