@@ -36,7 +36,8 @@ def suite_page(folder: Path) -> Page:
         Section("Single runs", [*_picked(suite), _cells(suite, folder)]),
     ]
     links = [name for name in ("results.json", "results.csv") if (folder / name).exists()]
-    whole = len(suite["models"]) * len(suite["settings"]) * len(_seeds(suite))
+    every = len(suite["models"]) * len(suite["settings"]) * len(_seeds(suite))
+    whole = suite.get("wanted", every)  # a model may have some of the settings alone
     missing = whole - len(suite["cells"])
     return Page(
         title=suite["title"],
@@ -45,7 +46,7 @@ def suite_page(folder: Path) -> Page:
         sections=[section for section in sections if section.parts],
         facts=_facts(suite),
         links=[(name, name) for name in links],
-        status=f"Not finished: {missing} of {whole} runs are still missing." if missing else "",
+        status=f"Not finished: {missing} of {whole} cells are still missing." if missing else "",
         note="\n\n".join(" ".join(part.split()) for part in suite["note"].split("\n\n")),
     )
 

@@ -134,6 +134,7 @@ def results(
         "models": suite.model_labels,
         "settings": suite.setting_labels,
         "seeds": list(suite.seeds),
+        "wanted": len(suite.pairs) * len(suite.seeds),
         "axis": {"name": suite.axis, "values": suite.places} if suite.axis else None,
         "published": {"source": published.source, "figures": published.figures}
         if published

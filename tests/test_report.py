@@ -76,7 +76,7 @@ def test_every_figure_is_one_that_plotly_knows(run: Path, suite: Path) -> None:
 def test_a_suite_marks_the_best_and_says_what_is_not_sure(suite: Path) -> None:
     found = _reported(suite)
     page = (suite / report.PAGE).read_text(encoding="utf-8")
-    for told in ("+0.0200, n.s.", "+0.0100, p 0.012", "published 0.8015", "3 of 18 runs"):
+    for told in ("+0.0200, n.s.", "+0.0100, p 0.012", "published 0.8015", "3 of 18 cells"):
         assert told in page
     rows = re.findall(r'<td class="(best|second)"', page)
     assert sorted(rows) == ["best", "best", "second", "second"]

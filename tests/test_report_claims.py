@@ -70,7 +70,9 @@ def test_a_suite_in_progress_is_not_compared_across_seeds(tmp_path: Path) -> Non
     ]
     _change(folder, cells=cells, table=table)
     page = suite_page(folder)
-    assert page.status == "Not finished: 5 of 18 runs are still missing."
+    assert page.status == "Not finished: 5 of 18 cells are still missing."
+    _change(folder, wanted=len(cells))
+    assert not suite_page(folder).status, "the others are not wanted"
     row = _table(page, "WAUC").rows[0]
     assert [cell.mark for cell in row] == ["", "second", "best", ""]
     assert row[3].more[0] == "+0.0200, 1 seed"
@@ -84,7 +86,7 @@ def test_results_of_before_have_neither_seeds_nor_bins(tmp_path: Path) -> None:
         del cell["scores"]["reliability"]
     _change(folder, cells=cells, seeds=None)
     page = suite_page(folder)
-    assert page.status == "Not finished: 3 of 18 runs are still missing."
+    assert page.status == "Not finished: 3 of 18 cells are still missing."
     assert "Calibration" not in [section.title for section in page.sections]
 
 

@@ -104,7 +104,10 @@ def test_published_figures_stand_beside_ours() -> None:
     found = results(suite, cells, {("mlp", "shared"): {}})
     assert found["published"] == {"source": "A paper", "figures": paper.figures}
     assert found["grid"] == {} and found["axis"] is None and len(found["table"]) == 2
-    assert found["seeds"] == [*suite.seeds]
+    assert found["seeds"] == [*suite.seeds] and found["wanted"] == 2 * len(suite.seeds)
+    model = Model("mlp", settings=("shared",))
+    few = Suite("s", "S", "run.toml", "shared", (model,), SETTINGS)
+    assert results(few, cells, {})["wanted"] == len(suite.seeds)
 
 
 def test_a_loss_has_no_gain_over_chance() -> None:
