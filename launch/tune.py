@@ -111,25 +111,24 @@ class Tuning:
         """The trials, the best first; writes them and the best run file."""
         from launch.search import with_values
         from trainer import config as run_files
+        from trainer.early_stopping import LOWER_IS_BETTER
         from trainer.report import grid
 
         done = [one for one in self.study.trials if one.value is not None]
-        done.sort(key=_value, reverse=self.metric != "log_loss")
+        done.sort(key=_value, reverse=self.metric not in LOWER_IS_BETTER)
         failed = [one.user_attrs[FAILED] for one in self.study.trials if FAILED in one.user_attrs]
         if not done:
             raise UserError(f"no trial came to its end; the last one: {failed[-1]}")
         head = ["trial", *self.search.space, f"validation {self.metric}"]
-        rows = [
-            [str(one.number), *map(_told, one.params.values()), f"{_value(one):.5f}"]
-            for one in done
-        ]
+        rows = [[one.number, *one.params.values(), _value(one)] for one in done]
         with (self.folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([head, *rows])
         best = with_values(self.config, self.search.resolved(done[0].params))
         file = self.folder / "best.toml"
         file.write_text(run_files.dump(best), encoding="utf-8")
         lost = f"; {len(failed)} failed, the last: {failed[-1]}" if failed else ""
-        return f"{grid(head, rows[:10])}\n{len(done)} trials{lost}\nthe best as a run file: {file}"
+        shown = [[_told(cell) for cell in row] for row in rows[:10]]
+        return f"{grid(head, shown)}\n{len(done)} trials{lost}\nthe best as a run file: {file}"
 
     def _start(self) -> None:
         from launch.search import assigned, on_validation
@@ -197,12 +196,14 @@ def _study(folder: Path, search: "Search", config: "RunConfig", metric: str) -> 
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import TrialState
 
+    from trainer.early_stopping import LOWER_IS_BETTER
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "trials.journal"))),
         study_name=config.name,
-        direction="minimize" if metric == "log_loss" else "maximize",
+        direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
         load_if_exists=True,
     )
     # new values each time that it is started
@@ -239,7 +240,7 @@ def _value(trial: "optuna.trial.FrozenTrial") -> float:
 
 
 def _told(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _last_line(log: Path) -> str:

@@ -137,6 +137,7 @@ def test_a_search_scores_validation_rows_and_counts_what_failed(
     assert on_validation(config) == 'test=["valid"]'
     scored = run_files.load(folder / "trial-000" / "run.toml").test
     assert scored == ("valid",) and summary["adapted"] is not None
+    assert float(rows[0]["validation mean_auc"]) == summary["adapted"]["mean_auc"], "not rounded"
     best = run_files.load(folder / "best.toml")
     assert (best.name, best.output, best.test) == ("toy", str(tmp_path), ("test",))
     assert best.pretrain.lr == 0.01
