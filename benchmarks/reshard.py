@@ -2,9 +2,9 @@
 
     python -m benchmarks.reshard
 
-The run and what is asked of it are those of tests/test_reshard.py, which takes 17 pairs. Each form
-saves once; then each form loads all checkpoints in turn, so 2,304 pairs take minutes. --sources
-names the ranks whose checkpoints are loaded, where there is time for a part alone.
+The run and what is asked of it are those of tests/test_reshard.py, which takes 19 pairs. Each form
+saves once; then each form loads all checkpoints in turn: 2,304 pairs. What was found is printed
+and written after each ZeRO stage of each number of ranks, and --targets takes some of them alone.
 """
 
 import argparse
@@ -12,16 +12,28 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.measure import machine
-from tests.toy_reshard import SHARDINGS, STAGES, WORLDS, Form, Joined, Went, name_of, resharded
+from tests.gang import gang
+from tests.toy_reshard import (
+    SHARDINGS,
+    STAGES,
+    WORLDS,
+    Form,
+    Joined,
+    Pair,
+    Went,
+    saved,
+    taken_over,
+    undisturbed,
+)
 from tests.toy_run import write_toy
+from trainer.machine import machine
 
 ROOT = Path(__file__).parents[1]
 NEAR = 1e-6
@@ -36,48 +48,51 @@ def wrong(whole: Went, one: Joined) -> list[str]:
     return found + (["rows"] if Counter(one.rows) != Counter(whole.rows) else [])
 
 
-def table(right: dict[str, bool], pairs: Sequence[tuple[Form, Form]]) -> Iterator[str]:
-    """Right pairs of all, by the ranks of the save (down) and of the load (across)."""
-    yield "saved by \\ loaded by" + "".join(f"{world:>14} ranks" for world in WORLDS)
-    for source in WORLDS:
-        cells = []
-        for target in WORLDS:
-            mine = [
-                right[name_of(*p)] for p in pairs if (p[0].world, p[1].world) == (source, target)
-            ]
-            cells.append(f"{sum(mine)} of {len(mine)}")
-        yield f"{source:>13} ranks" + "".join(f"{cell:>20}" for cell in cells)
+def measured(folder: Path, targets: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """All pairs of each number of ranks and ZeRO stage that loads, one after the other."""
+    sources = [Form(*one) for one in product(WORLDS, STAGES, SHARDINGS)]
+    write_toy(folder)
+    [whole] = gang(1, undisturbed, folder, folder / "runs")
+    first = saved(folder, folder / "runs", sources)
+    for world, stage in targets:
+        pairs: list[Pair] = [(a, Form(world, stage, how)) for how in SHARDINGS for a in sources]
+        began = time.monotonic()
+        found = taken_over(folder, folder / "runs", first, pairs, aloud=True)
+        failed = {f"{a} -> {b}": wrong(whole, one) for (a, b), one in found.items()}
+        yield {
+            "ranks": world,
+            "zero stage": stage,
+            "pairs": len(pairs),
+            "wrong": {name: what for name, what in failed.items() if what},
+            "largest distance of a weight": max(one.distance for one in found.values()),
+            "seconds": round(time.monotonic() - began),
+        }
 
 
 def main() -> None:
     """Measure, print, write."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--sources", type=int, nargs="+", default=WORLDS, choices=WORLDS)
-    parser.add_argument("--stages", type=int, nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--targets", type=int, nargs="+", default=WORLDS, choices=WORLDS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/reshard.json")
     args = parser.parse_args()
-    load, began = os.getloadavg()[0], time.monotonic()
-    targets = [Form(n, stage, how) for n in WORLDS for stage in args.stages for how in SHARDINGS]
-    sources = [form for form in targets if form.world in args.sources]
-    pairs = list(product(sources, targets))
-    with TemporaryDirectory() as folder:
-        write_toy(Path(folder))
-        whole, others = resharded(Path(folder), Path(folder) / "runs", pairs, aloud=True)
-    failed = {name: wrong(whole, one) for name, one in others.items()}
-    found: dict[str, Any] = {
-        "load average before": load,
-        "seconds": round(time.monotonic() - began),
-        "pairs": len(pairs),
-        "wrong": {name: what for name, what in failed.items() if what},
-        "largest distance of a weight": max(one.distance for one in others.values()),
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": machine(),
+        "load average before": os.getloadavg()[0],
+        "loaded by": [],
     }
-    date = datetime.now(UTC).isoformat(timespec="minutes")
-    content = json.dumps({"date": date, "machine": machine(), **found}, indent=1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(content + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1))
-    print("\n".join(table({name: not what for name, what in failed.items()}, pairs)))
+    with TemporaryDirectory() as folder:
+        for found in measured(Path(folder), list(product(args.targets, STAGES))):
+            results["loaded by"].append(found)
+            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            right = found["pairs"] - len(found["wrong"])
+            print(
+                f"loaded by {found['ranks']} ranks under ZeRO {found['zero stage']}: "
+                f"{right} of {found['pairs']} right, {found['seconds']} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

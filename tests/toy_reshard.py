@@ -1,9 +1,9 @@
 """A run of phase 1 that is saved by so many ranks in one form and goes on in another."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -38,8 +38,7 @@ class Form:
         return f"{self.world}-{self.stage}-{self.sharding}"
 
 
-def name_of(source: Form, target: Form) -> str:
-    return f"{source}_{target}"
+Pair = tuple[Form, Form]  # that of the save, and that of the load
 
 
 @dataclass(frozen=True)
@@ -190,22 +189,32 @@ class Joined:
     distance: float
 
 
-def resharded(
-    toy: Path, output: Path, pairs: Sequence[tuple[Form, Form]], aloud: bool = False
-) -> tuple[Went, dict[str, Joined]]:
-    """The undisturbed run; and each pair, by name. `aloud`: a line to stderr after each pair."""
-    [whole] = gang(1, undisturbed, toy, output)
-    first: dict[Form, Sequence[Taken]] = {}
-    second: dict[tuple[Form, Form], Sequence[Taken]] = {}
-    for world in sorted({a.world for a, _ in pairs}):
-        forms = sorted({a for a, _ in pairs if a.world == world}, key=str)
-        answers = gang(world, first_part, toy, output, forms, timeout=600)
-        first |= dict(zip(forms, zip(*answers, strict=True), strict=True))
-    for world in WORLDS:
-        mine = sorted((p for p in pairs if p[1].world == world), key=lambda pair: str(pair[1]))
+def saved(toy: Path, output: Path, forms: Iterable[Form]) -> dict[Form, Sequence[Taken]]:
+    """What all ranks of each form saw up to its save, which `taken_over` loads."""
+    found: dict[Form, Sequence[Taken]] = {}
+    for world, group in groupby(sorted(forms, key=str), key=lambda form: form.world):
+        mine = list(group)
+        answers = gang(world, first_part, toy, output, mine, timeout=600)
+        found |= dict(zip(mine, zip(*answers, strict=True), strict=True))
+    return found
+
+
+def taken_over(
+    toy: Path,
+    output: Path,
+    first: Mapping[Form, Sequence[Taken]],
+    pairs: Iterable[Pair],
+    aloud: bool = False,
+) -> dict[Pair, Joined]:
+    """Both parts of each pair, after `saved`. `aloud`: a line to stderr for each."""
+    found: dict[Pair, Joined] = {}
+    ordered = sorted(pairs, key=lambda pair: str(pair[1]))
+    for world, group in groupby(ordered, key=lambda pair: pair[1].world):
+        mine = list(group)
         answers = gang(world, second_part, toy, output, mine, aloud, timeout=600 + 10 * len(mine))
-        second |= dict(zip(mine, zip(*answers, strict=True), strict=True))
-    return whole, {name_of(*p): _joined(first[p[0]], second[p]) for p in pairs}
+        second = zip(*answers, strict=True)
+        found |= {p: _joined(first[p[0]], after) for p, after in zip(mine, second, strict=True)}
+    return found
 
 
 def _joined(before: Sequence[Taken], after: Sequence[Taken]) -> Joined:
