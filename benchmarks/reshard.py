@@ -2,7 +2,7 @@
 
     python -m benchmarks.reshard
 
-The run and what is asked of it are those of tests/test_reshard.py, which takes 19 pairs. Each form
+The run and what is asked of it are those of tests/test_reshard.py, which takes 20 pairs. Each form
 saves once; then each form loads all checkpoints in turn: 2,304 pairs. What was found is printed
 and written after each ZeRO stage of each number of ranks, and --targets takes some of them alone.
 """

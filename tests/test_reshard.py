@@ -45,6 +45,7 @@ PAIRS = [
     # Loaded where another state was, which must leave nothing behind.
     (Form(1, 2, T), Form(1, 1, T)),
     (Form(2, 3, R), Form(1, 3, T)),
+    (Form(3, 0, C), Form(2, 3, T)),
 ]
 EVERY = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}_{pair[1]}")
 

@@ -164,6 +164,9 @@ class Engine:
             self._set_master(p, parameters[name])
             for moment in MOMENTS if steps else ():
                 self._set_moment(p, moment, state[f"{name}/{moment}"])
+        if self._stage == 3:  # which keeps small parameters gathered: as they were before
+            self._engine.optimizer.checkpoint_event_prologue()
+            self._engine.optimizer.checkpoint_event_epilogue()
 
     def _gradients(self) -> list[Tensor]:
         if self._stage == 0:
