@@ -65,7 +65,7 @@ def _jobs(args: argparse.Namespace, folder: Path, progress: Callable[[], str]) -
     jobs = []
     try:
         for number in range(args.jobs):
-            with (folder / f"{number}.log").open("w", encoding="utf-8") as log:
+            with (folder / f"{number}.log").open("a", encoding="utf-8") as log:
                 command = [sys.executable, "-m", "launch", *words]
                 jobs.append(subprocess.Popen(command, env=environment, stderr=log, stdout=log))
         say(f"{args.jobs} jobs, which write to {folder}")
