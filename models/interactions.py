@@ -115,27 +115,60 @@ class CrossExperts(Interaction):
         return self.out(x).squeeze(2).T
 
 
+class CINLayer(Side):
+    """One layer of feature maps, where those above it are a product of terms and weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights [L, 1 + F * m, d_out] of 1 and of each feature's products with the m terms, for
+        weights x [L or 1, m, maps] of the maps above."""
+        weight = self.weight.unflatten(1, (x.shape[2], -1))
+        weight = torch.einsum("lmi,lijh->ljmh", x, weight)
+        return torch.cat([self.bias, weight.flatten(1, 2)], 1)
+
+
 class CINExperts(Interaction):
     """Compressed interaction network of xDeepFM (Lian et al., 2018): feature maps of depth k,
-    x^k_h = sum_ij W^k_hij (x^{k-1}_i * x^0_j) + b^k_h, summed over D and weighed for the logit."""
+    x^k_h = sum_ij W^k_hij (x^{k-1}_i * x^0_j) + b^k_h, summed over D and weighed for the logit.
+
+    Maps are polynomials of the features. While they have fewer terms than there are maps, no row
+    sees a map: layers' weights are multiplied with each other, and terms summed over D by them.
+    """
 
     def __init__(self, shape: ExpertShape) -> None:
         super().__init__(shape)
         maps = [shape.fields] + [shape.width] * shape.depth
         self.layers = nn.ModuleList(
-            Side(shape.experts, above * shape.fields, width)
+            CINLayer(shape.experts, above * shape.fields, width)
             for above, width in zip(maps, maps[1:], strict=False)
         )
         self.out = Side(shape.experts, shape.width * shape.depth, 1)
 
     def forward(self, e_BFD: Tensor) -> Tensor:
-        rows, _, dim = e_BFD.shape
-        first = x = e_BFD.mT.flatten(0, 1).unsqueeze(0)  # [1, B * D, F]
-        sums = []
+        terms, weight = e_BFD.mT.unsqueeze(0), _identity(e_BFD.mT)
+        sums: list[Tensor] = []
         for layer in self.layers:
-            x = layer((x.unsqueeze(3) * first.unsqueeze(2)).flatten(2))
-            sums.append(x.unflatten(1, (rows, dim)).sum(2))
+            if sums:
+                terms, weight = _below(terms, weight, e_BFD)
+            weight = layer(weight)
+            summed = F.pad((e_BFD @ terms).flatten(2), (1, 0), value=e_BFD.shape[2])
+            sums.append(summed @ weight)
         return self.out(torch.cat(sums, 2)).squeeze(2).T
+
+
+def _below(terms: Tensor, weight: Tensor, e_BFD: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms [L or 1, B, D, m] and weights [L or 1, m, maps] whose product a layer's maps are, by
+    the terms above it and the layer's weights: the maps themselves where these are fewer."""
+    products = (terms.unsqueeze(3) * e_BFD.mT.unsqueeze(3)).flatten(3)
+    products = F.pad(products, (1, 0), value=1)
+    if products.shape[3] <= weight.shape[2]:
+        return products, weight
+    maps = products.flatten(1, 2) @ weight
+    return maps.unflatten(1, products.shape[1:3]), _identity(maps)
+
+
+def _identity(terms: Tensor) -> Tensor:
+    """[1, m, m] for terms [..., m]."""
+    return torch.eye(terms.shape[-1], dtype=terms.dtype, device=terms.device).unsqueeze(0)
 
 
 class AutoIntExperts(Interaction):
@@ -156,9 +189,11 @@ class AutoIntExperts(Interaction):
         x = e_BFD.flatten(0, 1).unsqueeze(0)  # [1, B * F, D]
         for layer in self.layers:
             split = layer(x).unflatten(2, (4, self.HEADS, -1)).unflatten(1, (rows, fields))
-            q, k, v, residual = split.permute(3, 0, 1, 4, 2, 5)  # each [L, B, heads, F, width]
+            q, k, v, residual = split.flatten(0, 1).permute(2, 0, 3, 1, 4)
+            # [L * B, heads, F, width] each: of other shapes torch has no fused attention
             seen = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-            x = F.relu(seen + residual).transpose(2, 3).flatten(3).flatten(1, 2)
+            x = F.relu(seen + residual).transpose(1, 2).flatten(2)
+            x = x.unflatten(0, (-1, rows)).flatten(1, 2)
         return self.out(x.unflatten(1, (rows, -1)).flatten(2)).squeeze(2).T
 
 

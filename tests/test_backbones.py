@@ -27,6 +27,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dcnv2", {"rank": 2}),
     ("fibinet", {"bilinear": "all"}),
     ("fibinet", {"bilinear": "each", "reduction": 1}),
+    ("xdeepfm", {"width": 10}),  # more maps than terms of two or three fields
 ]
 
 
