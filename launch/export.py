@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     config, folder = RunFolder.config(args.run_folder), RunFolder(args.run_folder)
     with joined() as ranks:
         trunk = folder.load_trunk(config, ranks)
-        kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
+        kept = folder.kept_adapters(trunk, trunk.fingerprint())
         mine = [adapter for adapter in kept if adapter.domain == args.domain]
         method = with_adapters(trunk, mine).dense
         if not isinstance(method, UniCTR):

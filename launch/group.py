@@ -41,6 +41,8 @@ def _grouped(faults: FaultsConfig) -> Iterator[ranks.Ranks]:
         group = ranks.start(faults)
         heart = Heartbeat() if group.world > 1 else None
         yield group
+    except LostError:  # no mistake: the others end as it does
+        raise
     except UserError:
         _tell()
         raise

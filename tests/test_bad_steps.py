@@ -66,12 +66,26 @@ def _gradient(taken: Taken, trainee: Trainee, *rest: Any) -> Tensor:
         return taken(trainee, *rest)
 
 
+def _large(taken: Taken, trainee: Trainee, *rest: Any) -> Tensor:
+    """Every number of the last rank is finite, and the gradient's norm is not."""
+    loss = trainee.method.loss
+
+    def scaled(*given: Any) -> Tensor:
+        last = trainee.ranks.rank == trainee.ranks.world - 1
+        return loss(*given) * (1e25 if last else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainee.method, "loss", scaled)
+        return taken(trainee, *rest)
+
+
 def _omitted(*unused: Any) -> Tensor:
     """As if the step had not been."""
     raise BadStepError([])
 
 
-WAYS = {"input": _input, "gradient": _gradient, "omitted": _omitted}
+BLAMED = {"input": _input, "gradient": _gradient, "large": _large}
+WAYS = {**BLAMED, "omitted": _omitted}
 
 
 def _stories(toy: Path, output: Path) -> dict[str, str]:
@@ -82,7 +96,7 @@ def _stories(toy: Path, output: Path) -> dict[str, str]:
             tables = "rowwise_adagrad" if stage == 2 else "adam"
             name = f"name={way}-{stage}", f"engine.zero_stage={stage}", f"tables.optimizer={tables}"
             train(toy_config(toy, output, *SHORT, *SKIP, *name), here())
-    for way in ("input", "gradient"):
+    for way in BLAMED:
         with _taken(WAYS[way]):
             config = toy_config(toy, output, *SHORT, f"name=stopped-{way}")
             said[way] = refused(lambda config=config: train(config, here()))
@@ -94,12 +108,13 @@ def test_a_bad_step_is_as_if_it_had_not_been(toy: Path, tmp_path: Path, world: i
     said = gang(world, _stories, toy, tmp_path)
     for stage in STAGES[world]:
         wanted = _files(tmp_path / f"omitted-{stage}")
-        for way in ("input", "gradient"):
+        for way in BLAMED:
             found = _files(tmp_path / f"{way}-{stage}")
             assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
             assert _state(tmp_path / f"{way}-{stage}") == _state(tmp_path / f"omitted-{stage}")
     for message in (message for rank in said for message in rank.values()):
-        assert message.startswith("pretrain: step 6: the loss or its gradient is not finite (rows ")
+        assert message.startswith("pretrain: step 6: the loss or its gradient is not finite, ")
+        assert "or too large to be squared (rows " in message
         assert "; no weight has moved by it: look at the values of these rows, lower the" in message
 
 

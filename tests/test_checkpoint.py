@@ -12,9 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from data_shards import Index, UserError
+from data_shards.errors import LostError
 from tests.gang import gang
 from tests.toy_run import here, refused, toy_config
-from trainer import saving
+from trainer import checkpoint, saving
 from trainer.adapter_store import Adapter
 from trainer.checkpoint import Snapshot, checked, newest
 from trainer.log import RunLog
@@ -97,11 +98,33 @@ def _attempts(toy: Path, output: Path) -> dict[str, Any]:
         found = newest(root, ranks, print)
         told[f"{name}, left"] = (found and found.folder.name, load(FIRST), _hidden(root))
         dist.barrier()
+    told["passing"] = _passing(root, lambda: save(2))
     for step in (2, 3, 4):
         save(step)
     told["kept"] = sorted(path.name for path in root.glob("step-*"))
     told["adapter"] = refused(lambda: _save_adapter_on_a_full_disk(output))
     return told
+
+
+def _passing(root: Path, save: Callable[[], None]) -> list[str]:
+    """What is said while one rank's disk does not answer, in a save and in the search for one."""
+    said = []
+    for room, name, act in (
+        (saving, "write_file", save),
+        (checkpoint, "_sha256", lambda: newest(root, here(), said.append)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if here().rank == 1:
+                patch.setattr(room, name, _silent)
+            with pytest.raises(LostError) as lost:
+                act()
+        said.append(str(lost.value))
+        dist.barrier()
+    return said
+
+
+def _silent(*unused: Any) -> str:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def _hidden(root: Path) -> list[str]:
@@ -177,6 +200,13 @@ def test_a_full_disk_on_one_rank_stops_all_and_harms_nothing(
 ) -> None:
     assert "No space left on device; free some space, or set another output" in told[full]
     assert told[f"{full}, left"] == (FIRST, "", [])
+
+
+def test_a_disk_that_does_not_answer_is_no_mistake(told: dict[str, Any]) -> None:
+    save, *fallen, search = told["passing"]
+    assert fallen and all("falling back to the one before it" in message for message in fallen)
+    for message in (save, search):
+        assert "Input/output error; what was saved before is whole, and the same command" in message
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(told: dict[str, Any]) -> None:

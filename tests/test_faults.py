@@ -21,6 +21,7 @@ from tests.toy_run import digests, here, recording, toy_config
 from trainer import heartbeat, preemption, ranks
 from trainer.preemption import PreemptedError
 from trainer.ranks import FaultsConfig
+from trainer.run_folder import RunFolder
 from trainer.schedule import train
 
 pytestmark = pytest.mark.dist
@@ -108,6 +109,11 @@ def test_sigterm_saves_on_all_ranks_and_loses_no_step(
     [summary, _] = gang(2, _run, toy, tmp_path, "run")
     assert summary == whole[0]
     assert _digests(tmp_path / "run") == _digests(whole[1])
+    # by a start that was cut off when its adapter was stored: a domain added anew would go on there
+    left = RunFolder(tmp_path / "run").adapting("books") / "checkpoints"
+    left.mkdir(parents=True)
+    gang(2, _run, toy, tmp_path, "run")
+    assert not left.exists()
 
 
 def _signalled(does: str) -> None:

@@ -31,6 +31,7 @@ from tests.toy_run import (
 )
 from tests.toy_source import toy_source
 from trainer import saving
+from trainer.run_folder import RunFolder
 from trainer.schedule import train
 
 pytestmark = pytest.mark.dist
@@ -182,6 +183,11 @@ def _restart(toy: Path, output: Path) -> dict[str, str]:
     with recording(cut), pytest.raises(_CutError):
         _run(toy, output, *mine)
     said["run file"] = other("tables.lr=0.5")
+    taught = RunFolder(output / "taught")
+    taught.open(toy_config(toy, output, "name=taught"), here())
+    taught.teachers.mkdir()
+    changed = toy_config(toy, output, "name=taught", "tables.lr=0.5")
+    said["taught"] = refused(lambda: taught.open(changed, here()))
     shutil.rmtree(shards)
     write_shards(toy_source(planted_rows(SIZES, seed=9)), SCHEMA, SPLIT, shards)
     return said | {"shards": other()}
@@ -190,7 +196,8 @@ def _restart(toy: Path, output: Path) -> dict[str, str]:
 def test_only_the_same_run_on_the_same_shards_is_continued(toy: Path, tmp_path: Path) -> None:
     [said] = gang(1, _restart, toy, tmp_path)
     assert "unknown metric in pretrain.metric 'auc/none'" in said["mistake"]
-    assert re.search("holds a run of another run file .they differ in tables.lr", said["run file"])
+    for begun in ("run file", "taught"):
+        assert re.search("holds a run of another run file .they differ in tables.lr", said[begun])
     assert "learned from other shards than those in data.shards now" in said["shards"]
 
 

@@ -149,7 +149,7 @@ def logits(config: RunConfig, shards: list[Path]) -> Predictions | None:
     """Of all test rows, with every kept adapter."""
     folder, ranks = RunFolder(config.folder), here()
     trunk = folder.load_trunk(config, ranks)
-    kept = folder.kept_adapters("mlora", trunk.fingerprint())
+    kept = folder.kept_adapters(trunk, trunk.fingerprint())
     vocabulary = Index.load(shards[-1]).load_vocabulary(shards[-1])
     model = with_adapters(trunk, [renumbered(adapter, vocabulary) for adapter in kept])
     rows = Rows(config.test)

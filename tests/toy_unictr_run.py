@@ -263,7 +263,7 @@ def _files(folder: RunFolder, without: str = "") -> dict[str, str]:
 def _with_adapters(config: RunConfig) -> Model:
     folder = RunFolder(config.folder)
     trunk = folder.load_trunk(config, here())
-    return with_adapters(trunk, folder.kept_adapters("unictr", trunk.fingerprint()))
+    return with_adapters(trunk, folder.kept_adapters(trunk, trunk.fingerprint()))
 
 
 def _loader(config: RunConfig, shards: tuple[Path, ...], rows: Rows) -> Loader:

@@ -1,5 +1,6 @@
-"""Steps whose loss or gradient is not finite: found before any weight moves, and named by rows.
+"""Steps whose loss or gradient is not finite, or too large to be squared.
 
+They are found before any weight moves, and named by rows.
 Tables train inside their own backward. So the graph is cut where the dense part reads their
 vectors: the gradient stops there, is looked at by all ranks, and only then goes on to the tables.
 """
@@ -60,7 +61,7 @@ class Cut:
 
 class BadStepError(Exception):
     """No weight has moved in this step. `rows`: (domain's place in the loader, row id) of rows
-    that gave something not finite, of all ranks; none where it came of no single row."""
+    that gave something of the kind, of all ranks; none where it came of no single row."""
 
     def __init__(self, rows: list[tuple[int, int]]) -> None:
         super().__init__(f"{len(rows)} rows")
@@ -77,7 +78,9 @@ class BadStepError(Exception):
 def bad_rows(batch: Batch, logit: Tensor, cut: Cut, ranks: Ranks) -> list[tuple[int, int]]:
     """For `BadStepError`: looks at each row's inputs, logit and gradient. Collective."""
     parts = (batch.numbers, batch.label, logit.detach(), *cut.gradients())
-    fine = torch.stack([part.reshape(len(batch), -1).isfinite().all(1) for part in parts]).all(0)
+    # a row's norm is no number where an entry is none, or too large to be squared
+    norms = [part.reshape(len(batch), -1).float().norm(dim=1) for part in parts]
+    fine = torch.stack(norms).isfinite().all(0)
     bad = ~fine & (batch.weight > 0)
     mine = list(zip(batch.domain[bad].tolist(), batch.row_id[bad].tolist(), strict=True))
     return sorted(row for part in ranks.gather(mine) for row in part)

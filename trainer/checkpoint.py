@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from data_shards import UserError
+from data_shards.errors import LostError
 from embeddings import ShardedTables
 from trainer.ranks import Ranks, together
 from trainer.tensor_file import read_small, rows_at_once
@@ -142,15 +143,16 @@ def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint |
 
     One whose best is damaged gives way to one from before that best, which will come to it again;
     where there is none it is returned with `best_lost`. None where nothing was saved; UserError
-    where of what was saved nothing is whole. Collective.
+    where of what was saved nothing is whole, LostError where some could not be read. Collective.
     """
     names: list[str] = ranks.broadcast(_newest_first(root) if ranks.first else None)
     lost: set[str] = set()
-    spare = None
+    spare = unread = None
     for name in names:
         try:
             found = checked(root / name, ranks)
         except UserError as error:
+            unread = error if isinstance(error, LostError) else unread
             say(f"{error}; falling back to the one before it")
             continue
         if found.best not in lost and _best_is_whole(found, say):
@@ -162,6 +164,8 @@ def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint |
             f"{root}: none is from before that; {spare.folder.name} stands for the best from now on"
         )
         return spare
+    if unread is not None:
+        raise unread
     if names:
         raise UserError(
             f"{root}: none of its {len(names)} checkpoints is whole; restore one of them, or "

@@ -121,8 +121,8 @@ class Engine:
         self._engine.backward(loss)
 
     def finite(self) -> bool:
-        """Whether this rank's part of the averaged gradients is free of infinities and NaN."""
-        return finite(self._gradients())
+        """Whether this rank's part of the averaged gradients is, as `finite` has it."""
+        return finite(self._gradients(), dist.get_world_size())
 
     def drop(self) -> None:
         """Forget the gradients of the last backward."""
@@ -203,7 +203,8 @@ class Engine:
                     state[moment].zero_()
             elif steps:
                 moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
-                self._inner().state[p] = {"step": torch.tensor(float(steps)), **moments}
+                step = torch.tensor(float(steps), device=p.device)  # where a fused Adam reads it
+                self._inner().state[p] = {"step": step, **moments}
         if steps and self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -247,10 +248,12 @@ def bucket_of(trained: int) -> int:
     return max(min(trained, BUCKET), 1)
 
 
-def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are finite numbers; one pass, in which a NaN or an infinity survives."""
-    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
-    return not sums or bool(torch.stack(sums).isfinite().all())
+def finite(tensors: Sequence[Tensor], ranks: int = 1) -> bool:
+    """Whether all entries are finite numbers, and so small that the squared norm of as many ranks'
+    is one too: Adam squares them, and DeepSpeed leaves out a step whose norm is infinite when the
+    tables have moved already. One pass."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return not norms or bool((torch.stack(norms).square().sum() * ranks).isfinite())
 
 
 def _present(tensor: Tensor | None) -> Tensor:

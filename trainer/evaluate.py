@@ -85,7 +85,7 @@ def evaluate_run(
     """Scores of the shared part alone and with the kept adapters, on any shard set."""
     trunk = folder.load_trunk(config, ranks)
     loader = trunk.loader(shards, splits, domains)
-    kept = folder.kept_adapters(config.method.name, trunk.fingerprint())
+    kept = folder.kept_adapters(trunk, trunk.fingerprint())
     vocabulary = loader.indexes[0].load_vocabulary(shards)
     kept = [renumbered(adapter, vocabulary) for adapter in kept]
     base = evaluate(trunk_alone(trunk), loader, ranks, "shared part")

@@ -157,7 +157,8 @@ def fit(
     except PreemptedError:
         if position.steps != kept:
             save(False)
-        raise PreemptedError(f"{name}: saved after step {position.steps}") from None
+        stands = f"saved after step {position.steps}" if position.steps else "no step was taken"
+        raise PreemptedError(f"{name}: {stands}") from None
     heartbeat.at(f"after {name}")
 
 
@@ -208,7 +209,8 @@ def _bad_step(
     trainee: Trainee, rows: dict[str, list[int]], step: int, log: RunLog, name: str
 ) -> None:
     """Stop, or count the step as skipped."""
-    what = f"{name}: step {step}: the loss or its gradient is not finite ({listed(rows)})"
+    found = "the loss or its gradient is not finite, or too large to be squared"
+    what = f"{name}: step {step}: {found} ({listed(rows)})"
     if trainee.engine.config.bad_steps == "skip":
         log.say(f"{what}; skipped")
         log.bad_step(name, step, rows)

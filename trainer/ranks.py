@@ -1,6 +1,7 @@
 """Who this process is among all, and its device."""
 
 import ctypes
+import errno
 import os
 import platform
 from collections.abc import Callable
@@ -12,10 +13,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_shards.errors import UserError
+from data_shards.errors import LostError, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
+# What a disk, most often one over a network, answers for a while: no mistake of the run's.
+PASSING = {
+    errno.EBUSY,
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.ENOTEMPTY,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
@@ -91,18 +102,23 @@ class Ranks:
 
 def together(ranks: Ranks, where: Path | str, act: Callable[[], T]) -> list[T]:
     """What `act` gives on every rank; if it fails on one, all raise its error and none waits."""
-    result, problem = None, None
+    result, problem, kind = None, None, UserError
     try:
         result = act()
     except UserError as error:
-        problem = str(error)
+        problem, kind = str(error), LostError if isinstance(error, LostError) else UserError
     except OSError as error:
-        problem = f"{where}: {error.strerror}; free some space, or set another output"
-    gathered = ranks.gather((result, problem))
-    for _, other in gathered:
+        problem = f"{where}: {error.strerror}; "
+        if error.errno in PASSING:
+            problem += "what was saved before is whole, and the same command goes on from there"
+            kind = LostError
+        else:
+            problem += "free some space, or set another output"
+    gathered = ranks.gather((result, problem, kind))
+    for _, other, kind in gathered:
         if other is not None:
-            raise UserError(other)
-    return [value for value, _ in gathered]
+            raise kind(other)
+    return [value for value, *_ in gathered]
 
 
 def start(faults: FaultsConfig | None = None) -> Ranks:

@@ -44,8 +44,9 @@ class RunFolder:
 
         def act() -> None:
             existing = self.path / RUN_FILE
+            begun = (self.teachers, self.checkpoints, self.trunk)
             # A run that has saved nothing yet, such as one with a mistake in it, may change.
-            if existing.exists() and (self.checkpoints.exists() or self.trunk.exists()):
+            if existing.exists() and any(path.exists() for path in begun):
                 theirs = tomllib.loads(existing.read_text(encoding="utf-8"))
                 key = first_difference(tomllib.loads(dump(config)), theirs)
                 if key is not None:
@@ -136,9 +137,11 @@ class RunFolder:
         schema = Schema.from_json(values["schema"])
         return Vocabulary.load(self.vocabulary, schema, values["rows"], None)
 
-    def kept_adapters(self, method: str, trunk: str) -> list[Adapter]:
-        """The newest adapter of each domain, where it beat the shared part."""
-        found = [self.adapters.load(method, d, trunk=trunk) for d in self.adapters.domains(method)]
+    def kept_adapters(self, trunk: Trunk, trunk_id: str) -> list[Adapter]:
+        """The newest adapter of each domain, where it beat the shared part. Collective."""
+        method, ranks = trunk.config.method.name, trunk.ranks
+        domains = ranks.broadcast(self.adapters.domains(method) if ranks.first else None)
+        found = [self.adapters.load(method, domain, trunk=trunk_id) for domain in domains]
         return [adapter for adapter in found if adapter.kept]
 
     def adapting(self, domain: str) -> Path:

@@ -248,7 +248,7 @@ def _prune(root: Path, name: str, keep: int) -> None:
         if step not in kept:
             _set_aside(root / step)
     for left in root.glob(".step-*"):  # also of saves that were cut off
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> Path:

@@ -43,7 +43,8 @@ def _train(
     config: RunConfig, ranks: Ranks, index: Index, folder: RunFolder, log: RunLog
 ) -> dict[str, Any]:
     shards = config.data.shards
-    if (folder.trunk / "manifest.json").exists():
+    # A file system of many nodes may show a new file to some of them later.
+    if ranks.broadcast((folder.trunk / "manifest.json").exists() if ranks.first else None):
         log.say("pretrain: done already, its trunk is taken")
         trunk = folder.load_trunk(config, ranks)
         seconds = folder.trunk_values()["seconds"]
@@ -62,7 +63,7 @@ def _train(
         skipped = _adapt_all(trunk, trunk_id, index.domains, shards, folder, log)
     test = trunk.loader(shards, config.test)
     base = evaluate(trunk_alone(trunk), test, ranks, "test, shared part")
-    kept = folder.kept_adapters(config.method.name, trunk_id)
+    kept = folder.kept_adapters(trunk, trunk_id)
     adapted = base if kept or "adapt" in config.phases else None
     if kept:
         adapted = evaluate(with_adapters(trunk, kept), test, ranks, "test, with adapters")
@@ -118,11 +119,12 @@ def _adapt_all(
     log: RunLog,
 ) -> dict[str, str]:
     """Adapt each domain that has no adapter on this trunk yet; returns why others have none."""
-    method, skipped = trunk.config.method.name, {}
-    done = folder.adapters.domains(method)
+    method, ranks, skipped = trunk.config.method.name, trunk.ranks, {}
+    done = ranks.broadcast(folder.adapters.domains(method) if ranks.first else None)
     for number, domain in enumerate(domains, 1):
         if domain in done:
             folder.adapters.load(method, domain, trunk=trunk_id)
+            _forget_steps(folder, domain, ranks)
             continue
         log.say(f"adapt {domain} ({number} of {len(domains)})")
         try:
@@ -132,7 +134,7 @@ def _adapt_all(
             log.say(f"adapt {domain}: no adapter: {error}")
             continue
         adapter = adapt(trunk, trunk_id, rows, log, folder.adapting(domain))
-        save_adapter(folder, adapter, trunk.ranks)
+        save_adapter(folder, adapter, ranks)
     return skipped
 
 
@@ -166,12 +168,14 @@ def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: 
 
 def save_adapter(folder: RunFolder, adapter: Adapter, ranks: Ranks) -> None:
     """Store an adapter once, whatever the number of ranks; what led to it is not needed then."""
+    together(ranks, folder.path, lambda: folder.adapters.save(adapter) if ranks.first else None)
+    _forget_steps(folder, adapter.domain, ranks)
 
-    def save() -> None:
-        folder.adapters.save(adapter)
-        shutil.rmtree(folder.adapting(adapter.domain), ignore_errors=True)
 
-    together(ranks, folder.path, lambda: save() if ranks.first else None)
+def _forget_steps(folder: RunFolder, domain: str, ranks: Ranks) -> None:
+    """Or a domain that is removed and added anew would go on from them."""
+    if ranks.first:
+        shutil.rmtree(folder.adapting(domain), ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
     """Digests of trunk and stored adapters; predictions of the trunk's domains but `domain`."""
     method = trunk.config.method.name
     trunk_id = trunk.fingerprint()
-    model = with_adapters(trunk, folder.kept_adapters(method, trunk_id))
+    model = with_adapters(trunk, folder.kept_adapters(trunk, trunk_id))
     stored = folder.adapters.domains(method)
     digests = {domain: folder.adapters.digest(method, domain) for domain in stored}
     rows = trunk.loader(trunk.config.data.shards, trunk.config.test)

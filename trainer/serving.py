@@ -25,7 +25,7 @@ class Server:
         self._schema = trunk.schema
         self._prompter = prompter_of(config)
         self._ranks = ranks
-        adapters = folder.kept_adapters(config.method.name, trunk.fingerprint())
+        adapters = folder.kept_adapters(trunk, trunk.fingerprint())
         self._model = with_adapters(trunk, adapters)
         self._open_texts(config)
         base = folder.load_vocabulary()

@@ -20,7 +20,7 @@ from data_shards.schema import canonical
 from data_shards.sidecars import Sidecar, SidecarWriter
 from models import MLoRAConfig
 from trainer.config import RunConfig
-from trainer.evaluate import predict
+from trainer.evaluate import Predictions, predict
 from trainer.log import RunLog
 from trainer.model import TEACHER, trunk_alone
 from trainer.phases import PretrainConfig, TeacherConfig
@@ -59,20 +59,15 @@ def _teach(
     """One domain's teacher, unless its logits are there already."""
     path = _logits(folder, index, domain)
     home = path.with_suffix("")
-    if any(ranks.gather(path.exists())):
-        return
-    trunk = new_trunk(_alone(config, teacher), ranks, index)
-    shards, domains = config.data.shards, (domain,)
-    pretrain(trunk, shards, home, log, domains=domains, name=f"teacher of {domain}")
-    rows = trunk.loader(shards, config.pretrain.rows, domains)
-    found = predict(trunk_alone(trunk), rows, ranks, f"logits of {domain}'s teacher")
-
-    def save() -> None:
-        assert found is not None
-        shutil.rmtree(home)  # first: a teacher that is cut off here is trained again, none is left
-        _save(path, {"row_id": found.row_id, "logit": found.logit})
-
-    together(ranks, folder, lambda: save() if ranks.first else None)
+    if not any(ranks.gather(path.exists())):
+        trunk = new_trunk(_alone(config, teacher), ranks, index)
+        shards, domains = config.data.shards, (domain,)
+        pretrain(trunk, shards, home, log, domains=domains, name=f"teacher of {domain}")
+        rows = trunk.loader(shards, config.pretrain.rows, domains)
+        found = predict(trunk_alone(trunk), rows, ranks, f"logits of {domain}'s teacher")
+        together(ranks, folder, lambda: _save(path, found) if found is not None else None)
+    if ranks.first:  # also what a start left that was cut off here
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _alone(config: RunConfig, teacher: TeacherConfig) -> RunConfig:
@@ -130,12 +125,14 @@ def _logits(folder: Path, index: Index, domain: str) -> Path:
     return folder / f"{index.domains.index(domain):05d}.safetensors"
 
 
-def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def _save(path: Path, found: Predictions) -> None:
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, temporary)
+    logits = {"row_id": found.row_id, "logit": found.logit}
+    safetensors.numpy.save_file(logits, temporary)
     flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
 
 
 def _made_by(config: RunConfig, teacher: TeacherConfig) -> dict[str, object]:
