@@ -8,9 +8,12 @@ each field in the order of the schema. The wording is that of the papers:
 - `uni_ctr`: Uni-CTR IV-B, where the fields domain, user, history and item have their own wording;
   a schema that has them first on their sides, in this order, gives the paper's sentence.
 
+- `p5`: P5's prompt 5-4, a question whose answer is yes or no, with ids and with what `uni_ctr` says
+  of domain, user and item.
+
 A value that is missing (null, blank, an empty list, a number that is not finite) takes its clause
-with it, and a side without clauses its part; only an empty `history` is "nothing" in `uni_ctr`, as
-in the released code. Runs of blanks and control characters become one blank.
+with it, and a side without clauses its part; only an empty `history` is "nothing" in `uni_ctr` and
+`p5`, as in the released code of the former. Runs of blanks and control characters become one blank.
 """
 
 # Arrow makes its compute functions when it is imported, where no type checker sees them.
@@ -108,6 +111,23 @@ PROMPTS: dict[str, Prompt] = {
         },
         missing={"history": "nothing"},
     ),
+    "p5": Prompt(
+        parts={
+            "context": Part("The {name} is {value}.", between=" ", last=" "),
+            "user": Part(_THE, "I would like to recommend some {product}s for ", closing="."),
+            "item": Part(_THE, "Is the following {product} a good choice? ", closing="."),
+        },
+        between=" ",
+        kinds=("id", "anonymous", "number", "text"),
+        many=" & ",
+        clauses={
+            "domain": "{value}:",
+            "user": "user_{value}",
+            "history": "who clicked on {value} recently",
+            "item": "item_{value}",
+        },
+        missing={"history": "nothing"},
+    ),
 }
 
 
@@ -127,7 +147,7 @@ class PromptConfig:
     without: tuple[str, ...] = ()
     """Fields to treat as missing."""
     product: str = "product"
-    """What an item is, in UFIN's sentences."""
+    """What an item is, in the sentences of UFIN and P5."""
 
     def __post_init__(self) -> None:
         if self.template not in PROMPTS:

@@ -9,8 +9,8 @@ from launch.report_page import Figure, Spark, Sparks, axis, metric, named, thinn
 POINTS = 120
 """Of a curve, at most: a page holds hundreds of them."""
 SPARKS = 60
-ADAPT, TEACHER = "adapt ", "teacher of "
-SECTIONS = {ADAPT: "adapt", TEACHER: "teacher"}
+ADAPT, TEACHER, ALIGN = "adapt ", "teacher of ", "align"
+SECTIONS = {ADAPT: "adapt", TEACHER: "teacher", ALIGN: "align"}
 """Of the run file, by what a phase's name begins with."""
 BOX = 100, 32
 

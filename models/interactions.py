@@ -185,6 +185,10 @@ class AutoIntExperts(Interaction):
         self.out = Side(shape.experts, shape.fields * wide, 1)
 
     def forward(self, e_BFD: Tensor) -> Tensor:
+        return self.out(self.attended(e_BFD)).squeeze(2).T
+
+    def attended(self, e_BFD: Tensor) -> Tensor:
+        """[L, B, F * 2 * width]: all fields, as each has seen the others."""
         rows, fields, _ = e_BFD.shape
         x = e_BFD.flatten(0, 1).unsqueeze(0)  # [1, B * F, D]
         for layer in self.layers:
@@ -194,7 +198,7 @@ class AutoIntExperts(Interaction):
             seen = F.scaled_dot_product_attention(q, k, v, scale=1.0)
             x = F.relu(seen + residual).transpose(1, 2).flatten(2)
             x = x.unflatten(0, (-1, rows)).flatten(1, 2)
-        return self.out(x.unflatten(1, (rows, -1)).flatten(2)).squeeze(2).T
+        return x.unflatten(1, (rows, -1)).flatten(2)
 
 
 def _chain(experts: int, widths: Sequence[int]) -> nn.ModuleList:

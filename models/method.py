@@ -70,6 +70,10 @@ class Needs:
     """Rows as vectors of a frozen encoder, by a section [text]."""
     teacher: ClassVar[bool] = False
     """Logits of each domain's teacher, where the run has a section [teacher]."""
+    aligns: ClassVar[bool] = False
+    """Text vectors in a stage before phase 1, by sections [align] and [text], and not later."""
+    adapts: ClassVar[bool] = True
+    """Whether domains have adapters."""
 
     def reads(self, field: Field) -> bool:
         """Whether the shared part looks up this id field in a table."""

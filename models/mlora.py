@@ -17,10 +17,9 @@ from models.method import Features, Method, Needs, cross_entropy
 
 
 @dataclass(frozen=True)
-class MLoRAConfig(Needs):
-    """The `[method]` section of a run file."""
+class LowRankConfig(Needs):
+    """What a domain's low-rank matrices are like."""
 
-    name: Literal["mlora"] = "mlora"
     alpha: int = 32
     """Temperature: rank r = max(d_out / alpha, 1) of each layer (Eq. 10)."""
     bias: bool = False
@@ -33,10 +32,17 @@ class MLoRAConfig(Needs):
     """Names of the adapted layers; none named: every adaptable layer of the backbone."""
 
 
+@dataclass(frozen=True)
+class MLoRAConfig(LowRankConfig):
+    """The `[method]` section of a run file."""
+
+    name: Literal["mlora"] = "mlora"
+
+
 class MLoRA(Method):
     """h_t = W x + B_t A_t x (+ b_t) on each adapted layer (Eq. 9)."""
 
-    def __init__(self, inputs: Inputs, backbone: BackboneConfig, config: MLoRAConfig) -> None:
+    def __init__(self, inputs: Inputs, backbone: BackboneConfig, config: LowRankConfig) -> None:
         super().__init__()
         self.dim = inputs.dim
         self.config = config
@@ -46,10 +52,14 @@ class MLoRA(Method):
         self._adapted = {name: offered[name] for name in _targets(config.layers, list(offered))}
 
     def forward(self, features: Features) -> Tensor:
-        """[B, 1]; a row's vector is `dim` floats and then its first-order weight."""
+        """[B, 1]."""
+        return self.backbone(*self.read(features)).unsqueeze(1)
+
+    def read(self, features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the backbone reads; a table's row is `dim` floats and then a first-order weight."""
         embedded, numbers, slot = features.embedded, features.numbers, features.slot
         first = embedded[:, :, self.dim] if self.backbone.first_order else embedded[:, :0, 0]
-        return self.backbone(embedded[:, :, : self.dim], first, numbers, slot).unsqueeze(1)
+        return embedded[:, :, : self.dim], first, numbers, slot
 
     def loss(self, logit: Tensor, label: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Binary cross entropy; summed over ranks it is the mean over the global batch."""

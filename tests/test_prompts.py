@@ -128,6 +128,15 @@ def test_an_empty_history_is_nothing_and_a_missing_brand_is_not_named() -> None:
     )
 
 
+def test_p5_asks_for_an_answer() -> None:
+    """Prompt 5-4 of P5: "I would like to recommend some items for user_7 ..."."""
+    assert _only(SHOP, GIFT, PromptConfig("p5", product="item")) == (
+        "Gift Cards: I would like to recommend some items for user_7, who clicked on nothing "
+        "recently. Is the following item a good choice? item_9, the title is Card, the price is "
+        "12.5."
+    )
+
+
 def test_each_side_alone() -> None:
     texts = [_only(SHOP, GIFT, PromptConfig("uni_ctr", sides=(side,))) for side in SIDES]
     assert texts == [

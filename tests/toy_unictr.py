@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from models import EncoderConfig, Features, Tokens, UniCTR, UniCTRConfig
@@ -148,7 +148,7 @@ def close(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
-def gradients(method: UniCTR, loss: Tensor) -> dict[str, Tensor]:
+def gradients(method: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """By name; zeros where there is none."""
     named = {name: p for name, p in method.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)

@@ -17,7 +17,7 @@ from embeddings import TablesConfig
 from models import EncoderConfig, MethodConfig, MLoRAConfig
 from models.backbones import BackboneConfig, MLPConfig
 from trainer.engine import EngineConfig
-from trainer.phases import AdaptConfig, PretrainConfig, TeacherConfig
+from trainer.phases import AdaptConfig, AlignConfig, PretrainConfig, TeacherConfig
 from trainer.ranks import FaultsConfig
 from trainer.strictly import leave_out, override, parsed, strictly
 
@@ -112,6 +112,7 @@ class RunConfig:
     text: TextConfig | None = None
     """`[text]`: prompts as vectors of a frozen encoder, for methods that read them."""
     teacher: TeacherConfig | None = None
+    align: AlignConfig | None = None
     start_from: str = ""
     """A finished run's folder, whose dense shared part is the one that this run begins with. Tables
     are not taken: other rows have other ids."""
@@ -149,6 +150,8 @@ class RunConfig:
             ("adapt.validate", self.adapt.validate),
             ("teacher.rows", self.teacher.rows if self.teacher else ()),
             ("teacher.validate", self.teacher.validate if self.teacher else ()),
+            ("align.rows", self.align.rows if self.align else ()),
+            ("align.validate", self.align.validate if self.align else ()),
             ("test", self.test),
         ):
             for split in splits:
@@ -164,11 +167,23 @@ class RunConfig:
 
     def _require_what_the_method_reads(self) -> None:
         method = self.method
-        if (self.text is not None) != method.text:
-            there, way = ("none", "add one") if method.text else ("one", "leave it out")
+        text = method.text or method.aligns
+        if (self.text is not None) != text:
+            there, way = ("none", "add one") if text else ("one", "leave it out")
             raise UserError(
-                f"text: method {method.name} reads {'' if method.text else 'no '}text vectors, and "
+                f"text: method {method.name} reads {'' if text else 'no '}text vectors, and "
                 f"there is {there} of section [text]; {way}"
+            )
+        if (self.align is not None) != method.aligns:
+            raise UserError(
+                f"align: method {method.name} begins with such a stage, and there is no section "
+                "[align]; add one, which may be empty"
+                if method.aligns
+                else f"align: method {method.name} has no such stage; leave the section out"
+            )
+        if "adapt" in self.phases and not method.adapts:
+            raise UserError(
+                f'phases: method {method.name} has no adapters; set phases to ["pretrain"]'
             )
         if self.text and not self.encoder.path:
             raise UserError(

@@ -59,6 +59,19 @@ class AdaptConfig(PhaseConfig):
 
 
 @dataclass(frozen=True)
+class AlignConfig(PhaseConfig):
+    """`[align]`: before phase 1, vectors of rows are drawn to those of their texts (CTRL 4.2). Its
+    metric is that of a probe, which reads labels off them. Defaults: CTRL 5.1.3 and 6.1."""
+
+    rows: tuple[str, ...] = ()
+    """Splits whose rows are trained on; none named: those of `[pretrain]`."""
+    validate: tuple[str, ...] = ()
+    """Likewise."""
+    lr: float = 5e-4
+    max_epochs: int = 1
+
+
+@dataclass(frozen=True)
 class TeacherConfig(PhaseConfig):
     """`[teacher]`: before phase 1, a network of each domain's own, whose logits the shared part
     learns from (UFIN II-D3). Its tables are as wide as the run's."""

@@ -10,6 +10,7 @@ import numpy as np
 from data_shards import Index, Location, UserError
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
+from trainer.align import align
 from trainer.config import RunConfig
 from trainer.evaluate import evaluate, predict
 from trainer.log import RunLog
@@ -107,6 +108,8 @@ def _learned(
     if config.teacher:
         teacher = teach(config, ranks, index, folder.teachers, log)
     shards = config.data.shards
+    if config.align:
+        align(trunk, shards, folder.checkpoints / "align", log)
     return trunk, pretrain(trunk, shards, folder.checkpoints, log, teacher=teacher)
 
 

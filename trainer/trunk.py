@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from embeddings import ShardedTables, table_width, trunk_tables
 from models import METHODS, Method, Parts
 from models.backbones import BACKBONES, Inputs
 from trainer.config import RunConfig
+from trainer.phases import PretrainConfig
 from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks
 from trainer.text_cache import TextCache
@@ -38,6 +39,8 @@ class Trunk:
     dense: dict[str, Tensor]
     starts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Adapters that phase 1 trained along, by domain: phase 2 begins with them."""
+    aligns: bool = False
+    """Whether it is in the stage before phase 1 that reads text vectors."""
 
     def method(self) -> Method:
         """A method with the trunk's dense tensors and no adapter; what is frozen is shared by all
@@ -79,7 +82,12 @@ class Trunk:
     def text(self) -> TextCache | None:
         """What turns prompts into vectors; None for a run without."""
         config = self.config
-        return TextCache(config.text, config.encoder, self.ranks.device) if config.text else None
+        reads = config.method.text or self.aligns
+        return (
+            TextCache(config.text, config.encoder, self.ranks.device)
+            if config.text and reads
+            else None
+        )
 
     def loader(
         self,
@@ -102,6 +110,17 @@ class Trunk:
         loader = Loader(shards, rows, reading, *place, shuffle, sidecars=sidecars)
         self._check(loader)
         return loader
+
+    def aligning(self) -> "Trunk":
+        """The same tables, and the dense part in the stage before phase 1."""
+        stage, phase = self.config.align, self.config.pretrain
+        assert stage is not None
+        rows = {"rows": stage.rows or phase.rows, "validate": stage.validate or phase.validate}
+        config = replace(self.config, pretrain=PretrainConfig(**{**vars(stage), **rows}))
+        trunk = replace(self, config=config, aligns=True)
+        first = trunk._blank.shared()
+        trunk.dense = {name: self.dense.get(name, first[name]).clone() for name in first}
+        return trunk
 
     def freeze(self) -> None:
         self.tables.freeze()

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, DeepConfig, Inputs
+from models.backbones.backbone import DeepConfig, Inputs, VectorBackbone
 from models.interactions import AutoIntExperts, ExpertShape
 from models.layers import MLP, flat, output_layer
 
@@ -22,7 +23,7 @@ class AutoIntConfig(DeepConfig):
     """Of each of the two heads."""
 
 
-class AutoInt(Backbone):
+class AutoInt(VectorBackbone):
     """logit = w . attention([e_1, ..., e_F]) (Eq. 5-8) + w' . MLP([e_1, ..., e_F, numbers])."""
 
     def __init__(self, inputs: Inputs, config: AutoIntConfig) -> None:
@@ -38,6 +39,13 @@ class AutoInt(Backbone):
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
         deep = self.out(self.deep(flat(emb_BFD, numbers), slot))
         return (self.attention(emb_BFD) + deep).squeeze(1)
+
+    def vector(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        attended = self.attention.attended(emb_BFD).squeeze(0)
+        return torch.cat([attended, self.deep(flat(emb_BFD, numbers), slot)], 1)
+
+    def outputs(self) -> list[nn.Module]:
+        return [self.attention.out, self.out]
 
     def adaptable(self) -> dict[str, DomainLinear]:
         return self.deep.adaptable()

@@ -56,3 +56,17 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def adaptable(self) -> dict[str, DomainLinear]:
         """The linear layers that a domain may adapt, by name."""
+
+
+class VectorBackbone(Backbone):
+    """A backbone whose logit is linear in one vector of a row, which other losses can shape."""
+
+    out: nn.Linear
+
+    @abstractmethod
+    def vector(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        """[B, d], for the same as `forward`."""
+
+    def outputs(self) -> list[nn.Module]:
+        """The last layers, which weigh the vector and do nothing else."""
+        return [self.out]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrec.modules.crossnet import VectorCrossNet
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, DeepConfig, Inputs
+from models.backbones.backbone import DeepConfig, Inputs, VectorBackbone
 from models.layers import MLP, flat, output_layer
 
 
@@ -20,7 +20,7 @@ class DCNConfig(DeepConfig):
     cross_layers: int = 3
 
 
-class DCN(Backbone):
+class DCN(VectorBackbone):
     """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l (Eq. 3), joined with the MLP before the logit."""
 
     def __init__(self, inputs: Inputs, config: DCNConfig) -> None:
@@ -31,8 +31,11 @@ class DCN(Backbone):
         self.out = output_layer(width + self.deep.d_out)
 
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        return self.out(self.vector(emb_BFD, first_BF, numbers, slot)).squeeze(1)
+
+    def vector(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
         x = flat(emb_BFD, numbers)
-        return self.out(torch.cat([self.cross(x), self.deep(x, slot)], dim=1)).squeeze(1)
+        return torch.cat([self.cross(x), self.deep(x, slot)], dim=1)
 
     def adaptable(self) -> dict[str, DomainLinear]:
         return self.deep.adaptable()

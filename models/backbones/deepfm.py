@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, DeepConfig, Inputs
+from models.backbones.backbone import DeepConfig, Inputs, VectorBackbone
 from models.layers import MLP, all_pairs, flat, output_layer
 
 
@@ -17,7 +18,7 @@ class DeepFMConfig(DeepConfig):
     name: Literal["deepfm"] = "deepfm"
 
 
-class DeepFM(Backbone):
+class DeepFM(VectorBackbone):
     """logit = sum_i w_i + sum_{i<j} <e_i, e_j> + w . MLP([e_1, ..., e_F, numbers]) (Eq. 1-4)."""
 
     first_order = True
@@ -30,6 +31,10 @@ class DeepFM(Backbone):
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
         deep = self.out(self.deep(flat(emb_BFD, numbers), slot))
         return first_BF.sum(1) + all_pairs(emb_BFD).sum(1) + deep.squeeze(1)
+
+    def vector(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        deep = self.deep(flat(emb_BFD, numbers), slot)
+        return torch.cat([first_BF, all_pairs(emb_BFD), deep], 1)
 
     def adaptable(self) -> dict[str, DomainLinear]:
         return self.deep.adaptable()

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, DeepConfig, Inputs
+from models.backbones.backbone import DeepConfig, Inputs, VectorBackbone
 from models.layers import MLP, flat, output_layer
 
 
@@ -17,7 +17,7 @@ class MLPConfig(DeepConfig):
     name: Literal["mlp"] = "mlp"
 
 
-class MLPBackbone(Backbone):
+class MLPBackbone(VectorBackbone):
     """logit = w . MLP([e_1, ..., e_F, numbers])."""
 
     def __init__(self, inputs: Inputs, config: MLPConfig) -> None:
@@ -26,7 +26,10 @@ class MLPBackbone(Backbone):
         self.out = output_layer(self.deep.d_out)
 
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
-        return self.out(self.deep(flat(emb_BFD, numbers), slot)).squeeze(1)
+        return self.out(self.vector(emb_BFD, first_BF, numbers, slot)).squeeze(1)
+
+    def vector(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        return self.deep(flat(emb_BFD, numbers), slot)
 
     def adaptable(self) -> dict[str, DomainLinear]:
         return self.deep.adaptable()

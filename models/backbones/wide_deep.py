@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from models.adapters import DomainLinear
-from models.backbones.backbone import Backbone, DeepConfig, Inputs
+from models.backbones.backbone import DeepConfig, Inputs, VectorBackbone
 from models.layers import MLP, flat, output_layer
 
 
@@ -17,7 +18,7 @@ class WideDeepConfig(DeepConfig):
     name: Literal["wide_deep"] = "wide_deep"
 
 
-class WideDeep(Backbone):
+class WideDeep(VectorBackbone):
     """logit = sum_i w_i + w . MLP([e_1, ..., e_F, numbers]) (Eq. 3).
 
     Crossed columns, which the paper makes by hand, are fields like any other.
@@ -32,6 +33,9 @@ class WideDeep(Backbone):
 
     def forward(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
         return first_BF.sum(1) + self.out(self.deep(flat(emb_BFD, numbers), slot)).squeeze(1)
+
+    def vector(self, emb_BFD: Tensor, first_BF: Tensor, numbers: Tensor, slot: Tensor) -> Tensor:
+        return torch.cat([first_BF, self.deep(flat(emb_BFD, numbers), slot)], 1)
 
     def adaptable(self) -> dict[str, DomainLinear]:
         return self.deep.adaptable()
