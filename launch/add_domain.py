@@ -31,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from launch.group import joined
+    from trainer.log import require_login
     from trainer.run_folder import RunFolder
     from trainer.schedule import add_domain
 
@@ -43,5 +44,6 @@ def run(args: argparse.Namespace) -> None:
             f"write-shards RUN_FILE --base {args.run_folder} --out FOLDER "
             f"--set 'data.only=[\"{args.domain}\"]' --set 'data.hold_out=[]'"
         )
+    require_login(config.tracking)
     with joined(config.faults) as ranks:
         add_domain(config, RunFolder(args.run_folder), args.domain, args.shards, ranks, args.log)

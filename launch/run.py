@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
     config = run_files.load(args.run_file, args.overrides)
     ranks = _ranks(args.ranks, nodes, config.reading)
     _require_writable(config.folder)
+    import trainer.schedule  # noqa: F401  (once, and not in every rank)
+
     overrides = [word for one in args.overrides for word in ("--set", one)]
     _launch(args, nodes, ranks, config.name, ["train", str(args.run_file), *overrides])
 

@@ -17,9 +17,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from launch.group import joined
     from trainer import config as run_files
+    from trainer.log import require_login
     from trainer.schedule import train
 
     config = run_files.load(args.run_file, args.overrides)
+    require_login(config.tracking)
     with joined(config.faults) as ranks:
         train(config, ranks)
         if ranks.first and config.tracking.pictures:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -11,12 +12,35 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import wandb
+from wandb.errors import AuthenticationError, UsageError
 
+from data_shards import UserError
+from data_shards.errors import LostError
 from trainer import exporter
 from trainer.config import TrackingConfig
 
 UPLOAD = 300.0
 """Seconds that a run's end waits for wandb; what is not there by then `wandb sync` sends later."""
+
+
+def require_login(tracking: TrackingConfig) -> None:
+    """That wandb takes the key, if the run is sent while it goes on; the first rank asks, before it
+    joins the others. UserError: there is no key; LostError: an expired one, or no answer."""
+    if tracking.wandb != "online" or os.environ.get("RANK", "0") != "0":
+        return
+    way = 'or set tracking.wandb = "offline" and send the run later, by `wandb sync`'
+    try:
+        wandb.login(verify=True)
+    except AuthenticationError as error:
+        raise LostError(
+            f"tracking.wandb: the key is not taken: {error}; put a valid one into WANDB_API_KEY "
+            f"(on a cluster: into the secret banyan-wandb), {way}"
+        ) from None
+    except UsageError as error:
+        raise UserError(
+            f"tracking.wandb: {error} Put it into WANDB_API_KEY (on a cluster: into the secret "
+            f"banyan-wandb), {way}"
+        ) from None
 
 
 class RunLog:
