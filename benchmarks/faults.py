@@ -58,6 +58,7 @@ def rounds(changes: list[str], out: Path, ranks: int, seconds: float) -> dict[st
         one.play()
         found.append(compared(whole, one))
         print(f"{ranks} ranks: {found[-1]}", file=sys.stderr, flush=True)
+    found = [round for round in found if round.deaths]  # of a planned one that came to nothing
     waits = sorted(wait for round in found for wait in round.seconds)
     return {
         "ranks": ranks,

@@ -28,7 +28,7 @@ from launch import (
     tune,
     write_shards,
 )
-from trainer.preemption import SAVED, PreemptedError, leave_with_torchrun
+from trainer.preemption import SAVED, PreemptedError
 
 VERBS = {
     "fetch": fetch,
@@ -56,7 +56,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; a user's mistake is one line on stderr and exit status 2."""
-    leave_with_torchrun()
     args = _parser().parse_args(arguments)
     _quiet()
     try:

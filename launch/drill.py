@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     say(summary([round.to_dict() for round in table]))
     if not all(round.survived for round in table):
         raise UserError(f"a round did not end as the run left alone; see {out}")
+    if not any(round.deaths for round in table):
+        raise UserError(f"{out}: nobody died; give more --rounds, or another --seed")
 
 
 def drawn(
@@ -75,7 +77,8 @@ def drawn(
 
 
 def summary(rounds: list[dict]) -> str:
-    """The last lines of a drill."""
+    """The last lines of a drill. A round in which nobody died counts for nothing."""
+    rounds = [one for one in rounds if one["deaths"]]
     waits = sorted(wait for one in rounds for wait in one["seconds"])
     survived = sum(one["survived"] for one in rounds)
     shown = f"{statistics.median(waits):.1f} median, {waits[-1]:.1f} worst" if waits else "none"

@@ -116,7 +116,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Compared:
-    """How one round ended beside the run left alone."""
+    """How one round ended beside the run left alone. Without deaths it proves nothing."""
 
     deaths: int
     survived: bool

@@ -24,7 +24,8 @@ from typing import Any
 from data_shards import UserError
 from data_shards.errors import LostError
 from launch.progress import say
-from trainer.preemption import SAVED
+from launch.tie import leave_with
+from trainer.preemption import SAVED, STATUS, tell
 
 PORT = 29400
 # As in the rules of the job's failure: 2 is a mistake that another start would only repeat.
@@ -211,11 +212,11 @@ def _launch(args: argparse.Namespace, nodes: Nodes, ranks: int, name: str, verb:
             logs_specs=DefaultLogsSpecs(log_dir=logs, tee=Std.ALL),
         )
         try:
-            elastic_launch(config, _rank)(verb)
+            elastic_launch(config, _rank)(os.getpid(), Path(logs), verb)
         except ChildFailedError as error:
             status = _tell(error.get_first_failure(), Path(logs))
         except SignalException as error:
-            status = 128 + error.sigval
+            status = _agreed(Path(logs), ranks, 128 + error.sigval)
         except (RendezvousError, dist.DistError) as error:
             raise LostError(
                 f"{args.host}:{args.port}: the nodes did not meet within {args.patience:g} s "
@@ -235,15 +236,20 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _rank(verb: list[str]) -> None:
+def _rank(agent: int, logs: Path, verb: list[str]) -> None:
     """One rank: this process, forked."""
     from launch.__main__ import main
 
+    leave_with(agent)
+    told = logs / f"status-{os.environ['LOCAL_RANK']}"
+    told.unlink(missing_ok=True)  # of a start before this one
+    os.environ[STATUS] = str(told)
     try:
         status = main(verb)
     except BaseException:
         traceback.print_exc()
         status = FAILED
+    tell(status)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:  # nothing is left to wait for, least of all the others
@@ -261,6 +267,12 @@ def _tell(failure: tuple[int, Any], logs: Path) -> int:
         lines = places[place].read_text(encoding="utf-8", errors="replace").strip().splitlines()
         say(f"  rank {rank - first.local_rank + place}: {_message(lines)}")
     return first.exitcode if first.exitcode in (MISTAKE, SAVED) else FAILED
+
+
+def _agreed(logs: Path, ranks: int, otherwise: int) -> int:
+    """The exit status of all ranks of this node, if it is the same: 75 where each has saved."""
+    told = [path.read_text(encoding="utf-8") for path in logs.glob("status-*")]
+    return int(told[0]) if len(told) == ranks and len(set(told)) == 1 else otherwise
 
 
 def _message(lines: list[str]) -> str:

@@ -72,7 +72,8 @@ def test_a_seed_gives_the_same_deaths_again() -> None:
 def test_a_summary_of_rounds() -> None:
     one = {"deaths": 2, "survived": True, "lost": 0, "repeated": 0, "seconds": [3.0, 5.0]}
     two = {"deaths": 1, "survived": False, "lost": 7, "repeated": 1, "seconds": [4.0]}
-    said = summary([one, two])
+    none = {"deaths": 0, "survived": True, "lost": 0, "repeated": 0, "seconds": []}
+    said = summary([one, two, none])
     assert "survived        1 of 2" in said and "repeated  8" in said
     assert said.endswith("new step: 4.0 median, 5.0 worst")
 
@@ -95,3 +96,18 @@ def test_a_drill_needs_an_empty_folder(
     (tmp_path / "old").touch()
     assert main(["drill", str(toy / "run.toml"), "--out", str(tmp_path)]) == 2
     assert "holds a drill already; set another --out, or delete" in capsys.readouterr().err
+
+
+def test_a_drill_in_which_nobody_dies_proves_nothing(
+    toy: Path,
+    drilled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Round, "play", lambda one: shutil.copytree(drilled / "whole", one.folder))
+    command = ["drill", str(toy / "run.toml"), "--out", str(tmp_path / "out"), "--rounds", "1"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "out: nobody died; give more --rounds, or another --seed" in said
+    assert "rounds survived        0 of 0" in said

@@ -1,13 +1,13 @@
 """What is cut off, damaged or changed between two starts, at the places where a start could be
 misled by what it finds: it comes to the same end, or says what was lost."""
 
+import fcntl
 import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
@@ -24,6 +24,7 @@ from trainer.checkpoint import Snapshot
 from trainer.config import RunConfig, TrackingConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.log import RunLog
+from trainer.ranks import FaultsConfig
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver, step_name
 from trainer.tensor_file import write_file
@@ -147,17 +148,26 @@ def _too_slow(root: Path) -> str:
         return write_file(path, content)
 
     def end() -> None:
-        with Saver(root, here(), [], 9, RunLog(False, root, plain, "toy")) as saver:
+        with Saver(root, here(), [], 9, log, faults=FaultsConfig(save_seconds=0.1)) as saver:
             saver.save(1, Snapshot({"w": torch.zeros(1)}, {}))
             raise preemption.PreemptedError
 
-    plain = TrackingConfig(wandb="disabled")
+    log = RunLog(False, root, TrackingConfig(wandb="disabled"), "toy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "write_file", held)
-        patch.setattr(saving, "TIMEOUT", timedelta(seconds=0.1))
         said = refused(end)
     go.set()
     return said
+
+
+def _taken(toy: Path, output: Path) -> str:
+    """What a second start says while another process writes to the run's folder."""
+    config = toy_config(toy, output, "name=taken", "faults.timeout_seconds=0.4")
+    config.folder.mkdir()
+    with (config.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("pid 7 on that machine", end="", file=lock, flush=True)
+        return refused(lambda: schedule.train(config, here()))
 
 
 def _best_lost(toy: Path, output: Path) -> dict[str, _Found]:
@@ -211,6 +221,7 @@ def _stories(toy: Path, output: Path) -> dict[str, Any]:
         "last save": _told_in_the_last_save(output / "saves"),
         "too slow": _too_slow(output / "slow"),
         "other ids": _other_ids(toy, output),
+        "taken": _taken(toy, output),
         "best lost": _best_lost(toy, output),
     }
 
@@ -244,7 +255,13 @@ def test_sigterm_in_the_last_save_waits_for_it(stories: dict[str, Any]) -> None:
 
 
 def test_a_save_that_is_not_through_is_not_taken_for_saved(stories: dict[str, Any]) -> None:
-    assert "the save of step 1 is not through after 0.1 s, a slow disk" in stories["too slow"]
+    assert "the save of step 1 is not through after 0 s: a disk slower than" in stories["too slow"]
+    assert "faults.save_seconds = 0.1 allows; the checkpoint before it" in stories["too slow"]
+
+
+def test_a_folder_to_which_another_process_writes_is_left_alone(stories: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"taken: another .*\(pid 7 on that machine\); wait for it"):
+        raise UserError(stories["taken"])
 
 
 def test_a_damaged_best_checkpoint_is_come_to_again_from_one_before_it(

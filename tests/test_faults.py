@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from launch import group
 from launch.drilled import Death, Toll
 from tests.gang import _free_port, gang
 from tests.toy_run import digests, here, recording, toy_config
-from trainer import heartbeat, preemption, ranks
+from trainer import heartbeat, preemption, ranks, saving
+from trainer.checkpoint import Snapshot
+from trainer.config import TrackingConfig
+from trainer.log import RunLog
 from trainer.preemption import PreemptedError
 from trainer.ranks import FaultsConfig
 from trainer.run_folder import RunFolder
+from trainer.saving import Saver
 from trainer.schedule import train
+from trainer.tensor_file import write_file
 
 pytestmark = pytest.mark.dist
 
@@ -151,8 +157,8 @@ def test_sigterm_ends_a_process_in_time_whatever_it_does(does: str, status: int)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
 
 
-def _hangs(how: str, port: int) -> None:
-    """Rank 1 never comes to the second collective."""
+def _hangs(how: str, port: int, root: Path) -> None:
+    """Rank 1 never comes to the second collective, or stops in the last save of a phase."""
     ranks.stop()
     os.environ["MASTER_PORT"] = str(port)
     group.PATIENCE, heartbeat.EVERY = 1.0, 0.1
@@ -160,6 +166,10 @@ def _hangs(how: str, port: int) -> None:
         heartbeat.at("pretrain", 7)
         dist.all_reduce(torch.ones(1))
         time.sleep(0.3)
+        if how == "saving":
+            _stops_in_its_last_save(root)
+        if how == "asleep":
+            _saves_behind(root)
         if not mine.first and how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if not mine.first:
@@ -167,13 +177,42 @@ def _hangs(how: str, port: int) -> None:
         dist.all_reduce(torch.ones(1))
 
 
-@pytest.mark.parametrize(
-    ("how", "said"), [("stopped", "no sign of life of"), ("asleep", "the others wait for")]
-)
-def test_a_collective_that_hangs_ends_and_names_who_was_missing(how: str, said: str) -> None:
+def _stops_in_its_last_save(root: Path) -> None:
+    def stop(path: Path, content: Iterable[Any]) -> str:
+        if not here().first:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return write_file(path, content)
+
+    saving.write_file = stop
+    log = RunLog(False, root, TrackingConfig(wandb="disabled"), "toy")
+    with Saver(root, here(), [], 2, log, faults=FaultsConfig(timeout_seconds=2)) as saver:
+        saver.save(7, Snapshot({"w": torch.zeros(1)}, {}))
+
+
+def _saves_behind(root: Path) -> None:
+    """The first rank's disk is the slower one: its thread has begun fewer collectives."""
+
+    def slow(path: Path, content: Iterable[Any]) -> str:
+        time.sleep(60 if here().first else 0)
+        return write_file(path, content)
+
+    saving.write_file = slow
+    log = RunLog(False, root, TrackingConfig(wandb="disabled"), "toy")
+    Saver(root, here(), [], 2, log).save(7, Snapshot({"w": torch.zeros(1)}, {}))
+
+
+HANGS = {
+    "stopped": "pretrain: no sign of life of",
+    "asleep": "pretrain: the others wait for",
+    "saving": "the save of step 7 is not through after .* s: no sign of life of",
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_what_hangs_ends_and_names_who_was_missing(how: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failed:
-        gang(2, _hangs, how, _free_port())
-    wanted = rf"pretrain: {said} rank 1 \(pretrain, step 7; last heard \d+ s ago\); this rank waits"
+        gang(2, _hangs, how, _free_port(), tmp_path)
+    wanted = rf"{HANGS[how]} rank 1 \(pretrain, step 7; last heard \d+ s ago\); (this rank|the che)"
     assert re.search(wanted, str(failed.value))
     assert "LostError" in str(failed.value), "so that whatever started it starts it again"
 
@@ -191,3 +230,5 @@ def test_times_of_faults_are_positive() -> None:
         FaultsConfig(timeout_seconds=0)
     with pytest.raises(UserError, match="timeout_seconds = inf and .* and both below 1e9"):
         FaultsConfig(timeout_seconds=math.inf)
+    with pytest.raises(UserError, match=r"faults.save_seconds = 0; it is above 0 and below 1e9"):
+        FaultsConfig(save_seconds=0)

@@ -1,7 +1,10 @@
 """What `launch run` refuses before any rank is started, each in one line."""
 
 import os
+import signal
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import pytest
 
 from data_shards import Reading
 from launch.__main__ import main
-from launch.run import Nodes, _ranks, _set_environment
+from launch.run import Nodes, _agreed, _ranks, _set_environment
+from tests.gang import _CONTEXT
+from trainer import preemption
 
 
 @pytest.fixture
@@ -75,3 +80,45 @@ def test_what_somebody_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         _set_environment()
         assert os.environ["OMP_NUM_THREADS"] == "5"
         assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def _run_quietly(words: list[str], log: Path) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.exit(main(words))
+
+
+@pytest.mark.dist
+def test_sigterm_to_the_agent_ends_with_75_where_all_ranks_have_saved(
+    toy: Path, tmp_path: Path
+) -> None:
+    settings = (
+        f"output={tmp_path}",
+        "pretrain.max_epochs=9999",
+        "pretrain.patience=9999",
+        "pretrain.checkpoint_every=5",
+    )
+    words = ["run", str(toy / "run.toml"), "--ranks", "2"]
+    words += [word for one in settings for word in ("--set", one)]
+    agent = _CONTEXT.Process(target=_run_quietly, args=(words, tmp_path / "log"))
+    agent.start()
+    while agent.is_alive() and not (tmp_path / "toy" / "checkpoints" / "latest").exists():
+        time.sleep(0.1)
+    agent.terminate()
+    agent.join()
+    told = (tmp_path / "log").read_text()
+    assert agent.exitcode == 75, told
+    assert "stopped by SIGTERM: pretrain: saved after step" in told
+
+
+def test_a_rank_that_has_not_saved_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, status in enumerate((75, 75, 143)):
+        monkeypatch.setenv(preemption.STATUS, str(tmp_path / f"status-{rank}"))
+        preemption.tell(status)
+        assert _agreed(tmp_path, 3, 128 + signal.SIGTERM) == 143
+    assert _agreed(tmp_path, 4, 1) == 1, "one was killed"
+    preemption.tell(75)
+    assert _agreed(tmp_path, 3, 128 + signal.SIGTERM) == 75

@@ -139,7 +139,7 @@ def _learn(
         position = _resume(found, engine, best, facts)
         log.say(f"{name}: continues from {found.folder.name}")
     keep, begun = config.keep_checkpoints, position.steps
-    saver = Saver(folder, ranks, best.own.parts(), keep, log, begun)
+    saver = Saver(folder, ranks, best.own.parts(), keep, log, begun, config.faults)
     with preemption.saving(), saver:
 
         def save(is_best: bool) -> None:

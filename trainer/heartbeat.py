@@ -41,6 +41,8 @@ class _Place:
     """Where this process stands; written by its main thread, told by the other one."""
 
     phase, step = "starting", 0
+    heart: "Heartbeat | None" = None
+    aside: dist.ProcessGroup | None = None
 
 
 _place = _Place()
@@ -49,6 +51,11 @@ _place = _Place()
 def at(phase: str, step: int = 0) -> None:
     """This rank now begins this step of this phase; 0: not yet, or no more, in steps."""
     _place.phase, _place.step = phase, step
+
+
+def leave_out(group: dist.ProcessGroup) -> None:
+    """Collectives of this group, which a thread begins, say nothing of where its rank stands."""
+    _place.aside = group
 
 
 def where() -> tuple[str, int]:
@@ -69,8 +76,10 @@ class Heartbeat:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+        _place.heart = self
 
     def stop(self) -> None:
+        _place.heart = _place.aside = None
         self._ended.set()
         self._thread.join(ANSWER.total_seconds())
 
@@ -110,9 +119,34 @@ class Heartbeat:
         self._store.set(f"{KEY}/{self.rank}", json.dumps(asdict(beat)))
 
 
+class Watch:
+    """Who has been silent since it began, by this machine's clock; of a rank alone nobody is."""
+
+    def __init__(self) -> None:
+        self._heart, self._answered = _place.heart, time.monotonic()
+        self._news: dict[int, tuple[int, float]] = {}
+
+    def silent(self, seconds: float) -> str:
+        """The ranks that have told nothing new for so long; to be asked again and again."""
+        if self._heart is None:
+            return ""
+        try:
+            beats = self._heart.heard()
+        except dist.DistError:
+            gone = time.monotonic() - self._answered > seconds
+            return "no answer of rank 0, which keeps the store of the group" if gone else ""
+        now = self._answered = time.monotonic()
+        for beat in beats:
+            if self._news.get(beat.rank, (-1, now))[0] != beat.number:
+                self._news[beat.rank] = beat.number, now
+        silent = [beat for beat in beats if now - self._news[beat.rank][1] > seconds]
+        return f"no sign of life of {_listed(silent)}" if silent else ""
+
+
 def _collectives() -> int:
     groups: Any = dist.distributed_c10d._world.pg_map  # whose stub knows no sequence number
-    return sum(group._get_sequence_number_for_group() for group in list(groups))
+    counted = [group for group in list(groups) if group is not _place.aside]
+    return sum(group._get_sequence_number_for_group() for group in counted)
 
 
 def _listed(beats: list[Beat]) -> str:

@@ -4,7 +4,6 @@ A thread of its own hears the signal, because a rank that waits for others runs 
 nothing is saved it ends the process at once, and says so.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -12,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from trainer import heartbeat
 
 SAVED, LATE = 75, 143  # 75: sysexits.h, "try again later"; 143: what SIGTERM itself gives
 LOOK = 0.05  # seconds
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STATUS = "BANYAN_STATUS"
 
 _asked = threading.Event()
 _saves = threading.Event()
@@ -27,13 +27,6 @@ _saved = threading.Event()
 
 class PreemptedError(Exception):
     """All ranks have agreed to stop, and what they have learned is saved."""
-
-
-def leave_with_torchrun() -> None:
-    """End as soon as torchrun is gone, if it started this process. A rank that outlives it would go
-    on writing to the folder of the run that is started in its place."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 @contextmanager
@@ -105,4 +98,13 @@ def _last_words(grace_seconds: float) -> tuple[int, str]:
 
 def _leave(status: int, text: str) -> None:
     print(f"stopped by SIGTERM: {text}", file=sys.stderr, flush=True)
+    tell(status)
     os._exit(status)
+
+
+def tell(status: int) -> None:
+    """With what this process ends, in the file that BANYAN_STATUS names, if it does: torchrun's
+    agent does not say it after a signal."""
+    if STATUS in os.environ:
+        with suppress(OSError):
+            Path(os.environ[STATUS]).write_text(str(status), encoding="utf-8")

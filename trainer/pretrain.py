@@ -48,7 +48,7 @@ def pretrain(
     is one. `teacher`: the sidecar of logits to learn from.
     """
     config, ranks = trunk.config, trunk.ranks
-    phase = config.pretrain
+    phase, keep = config.pretrain, config.keep_checkpoints
     train = trunk.loader(shards, phase.rows, domains, shuffle=True, teacher=teacher)
     valid = trunk.loader(shards, phase.validate, domains)
     metrics = (*METRICS, *(f"auc/{domain}" for domain in valid.domains))
@@ -69,7 +69,7 @@ def pretrain(
         position = _resume(found, trunk, engine, data)
         log.say(f"{name}: continues from {found.folder.name}")
     facts = {"data": data, "base": trunk.base}
-    saver = Saver(folder, ranks, [trunk.tables], config.keep_checkpoints, log, position.steps)
+    saver = Saver(folder, ranks, [trunk.tables], keep, log, position.steps, config.faults)
     with preemption.saving(), saver:
 
         def save(best: bool) -> None:

@@ -39,8 +39,14 @@ class FaultsConfig:
     longest work that the first rank does alone."""
     grace_seconds: float = 25.0
     """From SIGTERM to the end, saved or not. torchrun kills after 30, as Kubernetes does."""
+    save_seconds: float = 3600.0
+    """How long the ranks wait for a save whose disk is slow, as long as all of them live."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.save_seconds < 1e9:
+            raise UserError(
+                f"faults.save_seconds = {self.save_seconds:g}; it is above 0 and below 1e9"
+            )
         if not (0 < self.timeout_seconds < 1e9 and 0 <= self.grace_seconds < 1e9):
             raise UserError(
                 f"faults: timeout_seconds = {self.timeout_seconds:g} and grace_seconds = "

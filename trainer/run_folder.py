@@ -17,6 +17,7 @@ from data_shards.durable import flush
 from trainer.adapter_store import Adapter, AdapterStore, quoted
 from trainer.checkpoint import MANIFEST, STATE, Snapshot, checked
 from trainer.config import RunConfig, dump, first_difference, from_dict
+from trainer.fence import PATIENCE, fence
 from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks, together
 from trainer.saving import save
@@ -40,7 +41,11 @@ class RunFolder:
         self.pictures = path / "pictures"
 
     def open(self, config: RunConfig, ranks: Ranks) -> None:
-        """Start the folder, or continue one of the same run file; another one is refused."""
+        """Start the folder, or continue one of the same run file; another one is refused, and so is
+        a folder to which another process writes."""
+
+        patience = min(PATIENCE, config.faults.timeout_seconds / 2)  # the others wait meanwhile
+        together(ranks, self.path, lambda: fence(self.path, patience) if ranks.first else None)
 
         def act() -> None:
             existing = self.path / RUN_FILE
@@ -55,7 +60,6 @@ class RunFolder:
                         "set another name or output, or delete the folder"
                     )
                 return
-            self.path.mkdir(parents=True, exist_ok=True)
             _write(existing, dump(config))
 
         together(ranks, self.path, lambda: act() if ranks.first else None)

@@ -23,11 +23,12 @@ from data_shards.durable import flush
 from data_shards.errors import LostError
 from trainer import checkpoint, exporter
 from trainer.checkpoint import DENSE, FORMAT, LATEST, MANIFEST, STATE, Snapshot, Tables
+from trainer.heartbeat import Watch, leave_out
 from trainer.log import RunLog
-from trainer.ranks import TIMEOUT, Ranks, together
+from trainer.ranks import FaultsConfig, Ranks, together
 from trainer.tensor_file import pieces, write_file
 
-SLOWEST = timedelta(days=1)  # that a rank waits for another one's disk
+LOOK, SAY = 1.0, 60.0  # seconds of a wait for a save until the others are looked at, and it is said
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,18 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, ranks: Ranks, tables: Tables, keep: int, log: RunLog, at: int = -1
+        self,
+        root: Path,
+        ranks: Ranks,
+        tables: Tables,
+        keep: int,
+        log: RunLog,
+        at: int = -1,
+        faults: FaultsConfig | None = None,
     ) -> None:
         self._root, self._ranks, self._tables, self._keep = root, ranks, tables, keep
-        self._log, self._at = log, at
-        group = dist.new_group(backend="gloo", timeout=SLOWEST)
-        assert isinstance(group, dist.ProcessGroup)
+        self._log, self._at, self._faults = log, at, faults or FaultsConfig()
+        group = _connected(self._faults)
         self._aside = _Aside(ranks.rank, ranks.world, ranks.device, group)
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
@@ -122,14 +129,7 @@ class Saver:
         elif self._thread is not None and not issubclass(kind, RuntimeError):
             # What ends a phase, such as a mistake in its rows, is no reason to lose the last save;
             # after a failed collective nobody would answer.
-            self._thread.join(TIMEOUT.total_seconds())
-            if self._thread.is_alive():
-                raise LostError(
-                    f"{self._root}: the save of step {self._at} is not through after "
-                    f"{TIMEOUT.total_seconds():g} s, a slow disk; the checkpoint before it stands"
-                )
-            if self._error is not None:
-                raise self._error
+            self.wait()
 
     def save(self, step: int, snapshot: Snapshot, best_step: int = -1) -> None:
         """Copy all there is, now; the rest is done later. Collective.
@@ -158,14 +158,35 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> float:
-        """Seconds until the last save was done; raises its error, the same on every rank."""
-        began = time.monotonic()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Seconds until the last save was done; raises its error, the same on every rank.
+
+        LostError where a rank gives no sign of life, or the disk takes longer than it may.
+        """
+        began = said = time.monotonic()
+        watch, (thread, self._thread) = Watch(), (self._thread, None)
+        while thread is not None and thread.is_alive():
+            thread.join(min(LOOK, self._faults.save_seconds))
+            waited = time.monotonic() - began
+            if thread.is_alive():
+                self._require_life(watch, waited)
+            if began + waited > said + SAY:
+                said = began + waited
+                self._log.say(f"waiting for the save of step {self._at} for {waited:.0f} s now")
         if self._error is not None:
             raise self._error
         return time.monotonic() - began
+
+    def _require_life(self, watch: Watch, waited: float) -> None:
+        faults = self._faults
+        problem = watch.silent(faults.timeout_seconds)
+        if not problem and waited > faults.save_seconds:
+            problem = f"a disk slower than faults.save_seconds = {faults.save_seconds:g} allows"
+        if problem:
+            raise LostError(
+                f"{self._root}: the save of step {self._at} is not through after {waited:.0f} s: "
+                f"{problem}; the checkpoint before it stands: look at that rank's messages and "
+                "machine, then start the same command again"
+            )
 
     def _held(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._copy(f"{file}/{name}", tensor) for name, tensor in tensors.items()}
@@ -185,6 +206,16 @@ class Saver:
         except Exception as error:  # of any kind: it is raised again by the next `wait`
             self._error = error
             self._log.say(f"{name}: not saved, and training stops at the next save: {error}")
+
+
+def _connected(faults: FaultsConfig) -> dist.ProcessGroup:
+    """A group whose members wait for each other as long as it takes; `Saver.wait` sets an end to
+    that. Collective, and who does not come to it is missed as soon as elsewhere."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=faults.timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1e9), group)
+    leave_out(group)
+    return group
 
 
 def step_name(step: int) -> str:

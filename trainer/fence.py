@@ -1,0 +1,65 @@
+"""One process at a time writes to a run's folder."""
+
+import fcntl
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from data_shards.errors import LostError
+
+LOCK = ".lock"
+PATIENCE = 120.0  # seconds; a machine that is lost holds its locks on NFS for 90 more
+LOOK = 0.2
+
+_held: list[TextIO] = []
+
+
+def fence(folder: Path, patience: float = PATIENCE) -> None:
+    """Keep other processes out until this one ends or turns to another folder; make the folder.
+
+    Waits for one that is about to end. LostError if it does not: another start may find it gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while _held:
+        _held.pop().close()
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    _held.append(file)
+    deadline, said = time.monotonic() + patience, False
+    while not _locked(file):
+        if time.monotonic() > deadline:
+            raise LostError(
+                f"{folder}: another process writes to it ({_holder(file)}); wait for it or stop "
+                f"it, or set another output; if its machine is gone for good, delete {file.name}"
+            )
+        if not said:
+            _say(f"{folder}: waiting {patience:g} s at most for another process ({_holder(file)})")
+        said = True
+        time.sleep(min(LOOK, patience))
+    file.truncate(0)
+    print(f"pid {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether the lock is ours; true as well where this file system has none, which is said."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _say(
+            f"{file.name}: cannot be locked ({error.strerror}): that no other process writes to "
+            "this folder is yours to see to"
+        )
+    return True
+
+
+def _holder(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
