@@ -35,6 +35,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "changed": (lambda folder: _flip(folder / "dense.safetensors"), CHANGED),
     "cut": (lambda folder: os.truncate(folder / "state.json", 9), CHANGED),
     "linked": (lambda folder: _link(folder / "state.json"), CHANGED),
+    "linked_folder": (lambda folder: _link(folder), "a symbolic link is not followed; move"),
     "no_manifest": (lambda folder: (folder / "manifest.json").unlink(), CUT),
     "cut_manifest": (lambda folder: os.truncate(folder / "manifest.json", 9), CUT),
     "list": (lambda folder: (folder / "manifest.json").write_text("[]"), CUT),
@@ -198,7 +199,9 @@ def test_a_damaged_checkpoint_is_refused(told: dict[str, Any], damage: str) -> N
 def test_a_full_disk_on_one_rank_stops_all_and_harms_nothing(
     told: dict[str, Any], full: str
 ) -> None:
-    assert "No space left on device; free some space, or set another output" in told[full]
+    assert (
+        "No space left on device; free some space, and start the same command again" in told[full]
+    )
     assert told[f"{full}, left"] == (FIRST, "", [])
 
 

@@ -22,6 +22,7 @@ from tests.toy_run import digests, here, recording, toy_config
 from trainer import heartbeat, preemption, ranks, saving
 from trainer.checkpoint import Snapshot
 from trainer.config import TrackingConfig
+from trainer.engine import Engine, EngineConfig
 from trainer.log import RunLog
 from trainer.preemption import PreemptedError
 from trainer.ranks import FaultsConfig
@@ -168,6 +169,8 @@ def _hangs(how: str, port: int, root: Path) -> None:
         time.sleep(0.3)
         if how == "saving":
             _stops_in_its_last_save(root)
+        if how == "training":
+            _stops_in_a_step()
         if how == "asleep":
             _saves_behind(root)
         if not mine.first and how == "stopped":
@@ -175,6 +178,14 @@ def _hangs(how: str, port: int, root: Path) -> None:
         if not mine.first:
             time.sleep(60)
         dist.all_reduce(torch.ones(1))
+
+
+def _stops_in_a_step() -> None:
+    module = torch.nn.Linear(2, 1)
+    engine = Engine(module, [*module.parameters()], EngineConfig(zero_stage=1), 0.1, 0.0, 1)
+    loss = engine._engine(torch.ones(1, 2)).sum()
+    time.sleep(0 if here().first else 60)
+    engine.backward(loss)
 
 
 def _stops_in_its_last_save(root: Path) -> None:
@@ -204,6 +215,7 @@ def _saves_behind(root: Path) -> None:
 HANGS = {
     "stopped": "pretrain: no sign of life of",
     "asleep": "pretrain: the others wait for",
+    "training": "pretrain: the others wait for",
     "saving": "the save of step 7 is not through after .* s: no sign of life of",
 }
 

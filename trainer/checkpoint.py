@@ -211,6 +211,10 @@ def _newest_first(root: Path) -> list[str]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: a symbolic link is not followed; move the checkpoint itself here"
+        )
     try:
         manifest = json.loads(read_small(path))
         format_, files, best = manifest["format"], manifest.get("files"), manifest.get("best")

@@ -1,6 +1,6 @@
 """A run is one TOML file: frozen nested dataclasses, read strictly, written back as resolved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +20,6 @@ from trainer.engine import EngineConfig
 from trainer.phases import AdaptConfig, AlignConfig, PretrainConfig, TeacherConfig
 from trainer.ranks import FaultsConfig
 from trainer.strictly import leave_out, override, parsed, strictly
-
-UNBOUND = "faults"  # the section that says nothing of what a run learns
 
 
 @dataclass(frozen=True)
@@ -231,14 +229,17 @@ def _without_none(value: Any) -> Any:
     return [_without_none(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first key in which two resolved configs differ, dotted, or None; none of `[faults]`."""
+def first_difference(
+    a: Mapping[str, Any], b: Mapping[str, Any], free: Collection[str] = (), prefix: str = ""
+) -> str | None:
+    """The first key in which two resolved configs differ, dotted, but for those in `free`; or
+    None."""
     for key in {**a, **b}:
-        if f"{prefix}{key}" == UNBOUND:
+        if f"{prefix}{key}" in free:
             continue
         x, y = a.get(key), b.get(key)
         if isinstance(x, Mapping) and isinstance(y, Mapping):
-            found = first_difference(x, y, f"{prefix}{key}.")
+            found = first_difference(x, y, free, f"{prefix}{key}.")
             if found:
                 return found
         elif x != y:

@@ -83,6 +83,7 @@ class Engine:
             parameter.requires_grad_(id(parameter) in wanted)
         self.names = {id(p): name for name, p in module.named_parameters() if id(p) in wanted}
         self.trainable = list(trainable)
+        groups = set(dist.distributed_c10d._world.pg_map)
         kind = OPTIMIZERS[config.optimizer]
         optimizer = kind(self.trainable, lr=lr, weight_decay=weight_decay, fused=True)
         # Any: deepspeed's own annotations name a dozen optimizers without a common face.
@@ -102,6 +103,7 @@ class Engine:
                 "zero_force_ds_cpu_optimizer": False,
             },
         )[0]
+        _limit_waits(groups)
         self.config = config
         self._stage = config.zero_stage
         self.whole = config.zero_stage < 3
@@ -254,6 +256,13 @@ def finite(tensors: Sequence[Tensor], ranks: int = 1) -> bool:
     tables have moved already. One pass."""
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return not norms or bool((torch.stack(norms).square().sum() * ranks).isfinite())
+
+
+def _limit_waits(known: set[dist.ProcessGroup]) -> None:
+    """DeepSpeed's own groups wait half an hour for a rank that hangs, unless they are told."""
+    backend: Any = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    for group in set(dist.distributed_c10d._world.pg_map) - known:
+        dist.distributed_c10d._set_pg_timeout(backend.options._timeout, group)
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -118,8 +118,10 @@ def together(ranks: Ranks, where: Path | str, act: Callable[[], T]) -> list[T]:
         if error.errno in PASSING:
             problem += "what was saved before is whole, and the same command goes on from there"
             kind = LostError
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem += "free some space, and start the same command again"
         else:
-            problem += "free some space, or set another output"
+            problem += "give it rights, or set another output"
     gathered = ranks.gather((result, problem, kind))
     for _, other, kind in gathered:
         if other is not None:

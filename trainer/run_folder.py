@@ -27,6 +27,21 @@ RUN_FILE, SUMMARY = "run.toml", "summary.json"
 START = "start/"
 """Before the names of the tensors with which a domain's phase 2 begins."""
 
+# What says nothing of what a run has learned so far: it may be another when the run is continued.
+FREE = {
+    "name",
+    "output",
+    "faults",
+    "tracking",
+    "keep_checkpoints",
+    "engine.zero_stage",
+    "engine.bad_steps",
+    "tables.sharding",
+    "pretrain.checkpoint_every",
+    "pretrain.max_epochs",
+    "adapt.checkpoint_every",
+}
+
 
 class RunFolder:
     """Paths of one run, and how its parts are written and read."""
@@ -53,13 +68,12 @@ class RunFolder:
             # A run that has saved nothing yet, such as one with a mistake in it, may change.
             if existing.exists() and any(path.exists() for path in begun):
                 theirs = tomllib.loads(existing.read_text(encoding="utf-8"))
-                key = first_difference(tomllib.loads(dump(config)), theirs)
+                key = first_difference(tomllib.loads(dump(config)), theirs, FREE)
                 if key is not None:
                     raise UserError(
                         f"{self.path}: holds a run of another run file (they differ in {key}); "
                         "set another name or output, or delete the folder"
                     )
-                return
             _write(existing, dump(config))
 
         together(ranks, self.path, lambda: act() if ranks.first else None)
