@@ -52,6 +52,7 @@ def parts(marks: Path, began: float) -> dict[str, float]:
     """Of the rank that is last to step."""
     files = [path.read_text(encoding="utf-8").splitlines() for path in marks.iterdir()]
     last = max(([json.loads(line) for line in file] for file in files), key=lambda m: m[-1]["time"])
+    assert last[-1]["part"] == "first step", "a run that ended before it took one"
     found = {"to the first step": last[-1]["time"] - began}
     for one in last:
         found[one["part"]] = one["time"] - began
