@@ -188,9 +188,10 @@ def _restart(toy: Path, output: Path) -> dict[str, str]:
     taught.teachers.mkdir()
     changed = toy_config(toy, output, "name=taught", "tables.lr=0.5")
     said["taught"] = refused(lambda: taught.open(changed, here()))
-    free = toy_config(toy, output, "name=taught", "engine.zero_stage=3", "engine.bad_steps=skip")
-    taught.open(free, here())
-    assert RunFolder.config(taught.path) == free, "what may change is taken over"
+    moved = RunFolder(taught.path.rename(output / "moved"))
+    free = toy_config(toy, output, "name=moved", "engine.zero_stage=3", "engine.bad_steps=skip")
+    moved.open(free, here())
+    assert RunFolder.config(moved.path) == free, "what may change is taken over"
     shutil.rmtree(shards)
     write_shards(toy_source(planted_rows(SIZES, seed=9)), SCHEMA, SPLIT, shards)
     return said | {"shards": other()}
