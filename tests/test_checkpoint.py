@@ -27,21 +27,28 @@ from trainer.trunk import new_trunk
 
 pytestmark = pytest.mark.dist
 
-CHANGED = "missing or changed .*take another checkpoint"
-CUT = "no complete checkpoint .*take another"
+CHANGED = "missing or changed .*restore the folder from a copy of it"
+CUT = "no complete checkpoint .*restore the folder"
 # Name of a damage -> what does it, what it is called.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda folder: (folder / "tables-00001.safetensors").unlink(), CHANGED),
     "changed": (lambda folder: _flip(folder / "dense.safetensors"), CHANGED),
     "cut": (lambda folder: os.truncate(folder / "state.json", 9), CHANGED),
-    "linked": (lambda folder: _link(folder / "state.json"), CHANGED),
+    "linked": (
+        lambda folder: _link(folder / "state.json"),
+        "json: a symbolic link is not followed; move",
+    ),
     "linked_folder": (lambda folder: _link(folder), "a symbolic link is not followed; move"),
     "no_manifest": (lambda folder: (folder / "manifest.json").unlink(), CUT),
     "cut_manifest": (lambda folder: os.truncate(folder / "manifest.json", 9), CUT),
     "list": (lambda folder: (folder / "manifest.json").write_text("[]"), CUT),
     "format": (
         lambda folder: _edit(folder, {"format": 9}),
-        "format 9; this reads 3: train it anew",
+        "format 9; this reads 3: read it with the version that wrote it",
+    ),
+    "old_format": (
+        lambda folder: _edit(folder, {"format": 2}),
+        "format 2; this reads 3: train it anew",
     ),
     "no_dense": (lambda folder: _edit(folder, {"files": {}}), "names no dense.safetensors or no"),
     "no_tables": (lambda folder: _without_tables(folder), "lacks .* weight of the tables for this"),
@@ -102,9 +109,21 @@ def _attempts(toy: Path, output: Path) -> dict[str, Any]:
     told["passing"] = _passing(root, lambda: save(2))
     for step in (2, 3, 4):
         save(step)
+    told["pointer of noise"] = _told_of_noise(root)
     told["kept"] = sorted(path.name for path in root.glob("step-*"))
     told["adapter"] = refused(lambda: _save_adapter_on_a_full_disk(output))
     return told
+
+
+def _told_of_noise(root: Path) -> tuple[list[str], str]:
+    """What is said where `latest` names nothing, and what is taken then."""
+    said: list[str] = []
+    if here().first:
+        (root / "latest").write_bytes(b"\xff\x00step")
+    dist.barrier()
+    found = newest(root, here(), said.append)
+    assert found is not None
+    return said, found.folder.name
 
 
 def _passing(root: Path, save: Callable[[], None]) -> list[str]:
@@ -193,6 +212,14 @@ def test_a_damaged_checkpoint_is_refused(told: dict[str, Any], damage: str) -> N
     with pytest.raises(UserError, match=DAMAGES[damage][1]):
         raise UserError(told[damage])
     assert damage in told[damage].split(":")[0], "names the folder"
+
+
+def test_a_pointer_that_names_nothing_is_said(told: dict[str, Any]) -> None:
+    said, taken = told["pointer of noise"]
+    [line] = said
+    assert line.endswith("is no checkpoint's name; the newest whole one is taken")
+    assert "/latest: " in line
+    assert taken == step_name(4)
 
 
 @pytest.mark.parametrize("full", FULL)

@@ -5,7 +5,7 @@ import fcntl
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,14 +160,24 @@ def _too_slow(root: Path) -> str:
     return said
 
 
-def _taken(toy: Path, output: Path) -> str:
-    """What a second start says while another process writes to the run's folder."""
+def _taken(toy: Path, output: Path) -> list[str]:
+    """What a second start says while another process writes to the run's folder, and a second
+    add-domain while another adds that domain."""
     config = toy_config(toy, output, "name=taken", "faults.timeout_seconds=0.4")
-    config.folder.mkdir()
-    with (config.folder / ".lock").open("w") as lock:
+    whole = replace(_one_phase(toy, output, "whole"), faults=config.faults)
+    home = whole.folder / "adapters" / "mlora" / "games"
+    return [
+        _beside_another(config.folder, lambda: schedule.train(config, here())),
+        _beside_another(home, lambda: _add(whole, whole.adapt, toy)),
+    ]
+
+
+def _beside_another(folder: Path, act: Callable[[], Any]) -> str:
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         print("pid 7 on that machine", end="", file=lock, flush=True)
-        return refused(lambda: schedule.train(config, here()))
+        return refused(act)
 
 
 def _best_lost(toy: Path, output: Path) -> dict[str, _Found]:
@@ -260,8 +270,10 @@ def test_a_save_that_is_not_through_is_not_taken_for_saved(stories: dict[str, An
 
 
 def test_a_folder_to_which_another_process_writes_is_left_alone(stories: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"taken: another .*\(pid 7 on that machine\); wait for it"):
-        raise UserError(stories["taken"])
+    for folder, said in zip(("taken", "games"), stories["taken"], strict=True):
+        wanted = rf"/{folder}: another .*\(pid 7 on that machine\); wait for it"
+        with pytest.raises(UserError, match=wanted):
+            raise UserError(said)
 
 
 def test_a_damaged_best_checkpoint_is_come_to_again_from_one_before_it(

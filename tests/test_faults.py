@@ -24,6 +24,7 @@ from trainer.checkpoint import Snapshot
 from trainer.config import TrackingConfig
 from trainer.engine import Engine, EngineConfig
 from trainer.log import RunLog
+from trainer.model import Model
 from trainer.preemption import PreemptedError
 from trainer.ranks import FaultsConfig
 from trainer.run_folder import RunFolder
@@ -105,14 +106,41 @@ def _told_to_go(toy: Path, output: Path, phase: str) -> tuple[str, int]:
     return str(stopped.value), steps[0].at if steps else -1
 
 
+def _told_to_go_in_an_evaluation(toy: Path, output: Path) -> tuple[str, int]:
+    """What a run says when one of its ranks gets SIGTERM in its first evaluation, and the batches
+    that this rank still scores."""
+    scored, logits = 0, Model.logits
+
+    def tell(*given: Any) -> torch.Tensor:
+        nonlocal scored
+        scored += preemption.saves()
+        if preemption.saves() and not here().first:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not preemption.asked():
+                time.sleep(0.001)
+        return logits(*given)
+
+    with pytest.MonkeyPatch.context() as patch, preemption.listening(60):
+        patch.setattr(Model, "logits", tell)
+        with pytest.raises(PreemptedError) as stopped:
+            _run(toy, output, "run")
+    return str(stopped.value), scored
+
+
 def test_sigterm_saves_on_all_ranks_and_loses_no_step(
     toy: Path, tmp_path: Path, whole: tuple[dict[str, Any], Path]
 ) -> None:
     assert (
         gang(2, _told_to_go, toy, tmp_path, "pretrain") == [("pretrain: saved after step 1", 0)] * 2
     )
+    said = gang(2, _told_to_go_in_an_evaluation, toy, tmp_path)
+    assert said == [("pretrain: saved after step 13, before its evaluation", 1)] * 2
+    said = gang(2, _told_to_go_in_an_evaluation, toy, tmp_path)
+    assert said == [("pretrain: saved after step 13, before its evaluation", 1)] * 2, "again there"
     said = gang(2, _told_to_go, toy, tmp_path, "adapt books")
-    assert said == [("adapt books: saved after step 1", 1)] * 2, "one step was saved, none is lost"
+    assert said == [("adapt books: saved after step 1", 13)] * 2, (
+        "13 steps were saved, none is lost"
+    )
     [summary, _] = gang(2, _run, toy, tmp_path, "run")
     assert summary == whole[0]
     assert _digests(tmp_path / "run") == _digests(whole[1])

@@ -173,7 +173,7 @@ def _joined(pieces: list[tuple[int, int, Tensor]]) -> Tensor:
 def adapters_at(run: Path) -> dict[str, dict[str, Tensor]]:
     """The newest adapter's tensors of each domain."""
     return {
-        home.name: load_file(max(home.iterdir()) / "adapter.safetensors")
+        home.name: load_file(max(home.glob("[0-9]*")) / "adapter.safetensors")
         for home in sorted((run / "adapters" / "mlora").iterdir())
     }
 

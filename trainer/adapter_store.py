@@ -66,7 +66,7 @@ class AdapterStore:
 
     def save(self, adapter: Adapter) -> Path:
         """Write the next version and return its folder; a failed save leaves no file behind."""
-        home = self._home(adapter.method, adapter.domain)
+        home = self.home(adapter.method, adapter.domain)
         with _write_errors(home), _new_folder(home) as folder:
             digests = {
                 TENSORS: write_file(folder / TENSORS, pieces(adapter.tensors)),
@@ -118,11 +118,12 @@ class AdapterStore:
             total.update(f"{path.name} {_sha256(path.read_bytes())}\n".encode())
         return total.hexdigest()
 
-    def _home(self, method: str, domain: str) -> Path:
+    def home(self, method: str, domain: str) -> Path:
+        """Where all versions of one domain lie."""
         return self._root / quoted(method) / quoted(domain)
 
     def _folder(self, method: str, domain: str, version: int | None) -> Path:
-        home = self._home(method, domain)
+        home = self.home(method, domain)
         versions = _versions(home)
         if not versions:
             raise unknown(f"domain with a {method} adapter", domain, self.domains(method))

@@ -27,6 +27,8 @@ from trainer.tensor_file import read_small, rows_at_once
 FORMAT = 3
 MANIFEST, LATEST, DENSE, STATE = "manifest.json", "latest", "dense.safetensors", "state.json"
 SEPARATOR = "|"
+LINKED = "a symbolic link is not followed; move what it points to here"
+RESTORE = "restore the folder from a copy of it"
 _STEP, _FILE = re.compile(r"step-\d+"), re.compile(r"[a-z]+(-\d+)?\.(safetensors|json)")
 
 Tables = Sequence[ShardedTables]
@@ -130,8 +132,10 @@ def checked(folder: Path, ranks: Ranks) -> Checkpoint:
         files = manifest["files"]
         for name in sorted(files)[ranks.rank :: ranks.world]:
             path = folder / name
-            if path.is_symlink() or not path.is_file() or _sha256(path) != files[name]:
-                raise UserError(f"{path}: missing or changed (SHA-256); take another checkpoint")
+            if path.is_symlink():
+                raise UserError(f"{path}: {LINKED}")
+            if not path.is_file() or _sha256(path) != files[name]:
+                raise UserError(f"{path}: missing or changed (SHA-256); {RESTORE}")
         return manifest
 
     manifest = together(ranks, folder, check)[0]
@@ -145,7 +149,9 @@ def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint |
     where there is none it is returned with `best_lost`. None where nothing was saved; UserError
     where of what was saved nothing is whole, LostError where some could not be read. Collective.
     """
-    names: list[str] = ranks.broadcast(_newest_first(root) if ranks.first else None)
+    names, noise = ranks.broadcast(_newest_first(root) if ranks.first else None)
+    if noise and names:
+        say(f"{root / LATEST}: {noise!r} is no checkpoint's name; the newest whole one is taken")
     lost: set[str] = set()
     spare = unread = None
     for name in names:
@@ -198,23 +204,24 @@ def best_of(folder: Path) -> str:
         return ""
 
 
-def _newest_first(root: Path) -> list[str]:
-    """All names, but first of all the one in `latest`, for a person may have gone back by it."""
+def _newest_first(root: Path) -> tuple[list[str], str]:
+    """All names, but first of all the one in `latest`, for a person may have gone back by it; and
+    what `latest` holds if that is no name."""
     try:
-        with (root / LATEST).open(encoding="utf-8") as file:
-            marked = file.read(99).strip()
-    except (OSError, ValueError):
+        with (root / LATEST).open("rb") as file:
+            marked = file.read(99).decode(errors="replace").strip()
+    except FileNotFoundError:  # cut off in the first save
         marked = ""
-    names = set(steps_in(root)) | ({marked} if _STEP.fullmatch(marked) else set())
-    return sorted(names, key=lambda name: (name == marked, name), reverse=True)
+    named = _STEP.fullmatch(marked) is not None
+    names = {*steps_in(root), marked} if named else {*steps_in(root)}
+    newest_first = sorted(names, key=lambda name: (name == marked, name), reverse=True)
+    return newest_first, "" if named else marked
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if folder.is_symlink():
-        raise UserError(
-            f"{folder}: a symbolic link is not followed; move the checkpoint itself here"
-        )
+        raise UserError(f"{folder}: {LINKED}")
     try:
         manifest = json.loads(read_small(path))
         format_, files, best = manifest["format"], manifest.get("files"), manifest.get("best")
@@ -222,12 +229,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f"{folder}: no complete checkpoint (no readable {MANIFEST}); take another one"
+            f"{folder}: no complete checkpoint (no readable {MANIFEST}); {RESTORE}"
         ) from None
     if format_ != FORMAT:
-        raise UserError(f"{folder}: format {format_!r}; this reads {FORMAT}: train it anew")
+        newer = type(format_) is int and format_ > FORMAT
+        way = "read it with the version that wrote it" if newer else "train it anew"
+        raise UserError(f"{folder}: format {format_!r}; this reads {FORMAT}: {way}")
     if not isinstance(files, dict) or not {DENSE, STATE} <= files.keys():
-        raise UserError(f"{path}: names no {DENSE} or no {STATE}; take another checkpoint")
+        raise UserError(f"{path}: names no {DENSE} or no {STATE}; {RESTORE}")
     strange = [name for name in files if not _FILE.fullmatch(name)]
     if best != "" and not _STEP.fullmatch(str(best)):
         strange.append(best)

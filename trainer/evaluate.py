@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 
 from data_shards import Cursor, Loader, Location, UserError
-from trainer import heartbeat
+from trainer import heartbeat, preemption
 from trainer.config import RunConfig
 from trainer.log import Progress
 from trainer.metrics import Scores, score
 from trainer.model import Model, trunk_alone, with_adapters
 from trainer.own_rows import renumbered
+from trainer.preemption import PreemptedError
 from trainer.ranks import Ranks, together
 from trainer.run_folder import RunFolder
 
@@ -37,13 +38,18 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: Model, loader: Loader, ranks: Ranks, what: str = "") -> Predictions | None:
-    """Logits of every row that the loader selects; None on all ranks but the first."""
+    """Logits of every row that the loader selects; None on all ranks but the first.
+
+    PreemptedError, on all ranks, where one of them has to go and what it has learned can be saved.
+    """
     if what:
         heartbeat.at(what)
     slots = model.slots(loader).to(ranks.device)
     progress = Progress(what or "predicting", loader.total_rows, "rows", ranks.first and bool(what))
     parts = []
     for batch in loader.batches(Cursor()):
+        if preemption.saves() and ranks.any(preemption.asked())[0]:
+            raise PreemptedError
         moved = batch.to(ranks.device)
         logit = model.logits(moved, slots, loader.extended)
         parts.append((moved.row_id, moved.domain, moved.label, logit.float()))

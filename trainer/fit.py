@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from trainer.preemption import PreemptedError
 from trainer.ranks import Ranks
 from trainer.trunk import Trunk
 
+SKIPPED = 20  # bad steps in a row that are skipped, and no more
+
 
 @dataclass
 class Position:
@@ -34,24 +36,17 @@ class Position:
     cursor: Cursor = field(default_factory=Cursor)
     steps: int = 0
     seconds: float = 0.0
+    due: bool = False
+    """An evaluation comes before the next step: it has not begun, or was cut off by SIGTERM."""
 
     def state(self) -> dict[str, Any]:
-        cursor = {"epoch": self.cursor.epoch, "step": self.cursor.step}
-        return {
-            "stopping": self.stopping.state(),
-            "cursor": cursor,
-            "steps": self.steps,
-            "seconds": self.seconds,
-        }
+        return asdict(self)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
-        return cls(
-            EarlyStopping(**state["stopping"]),
-            Cursor(**state["cursor"]),
-            state["steps"],
-            state["seconds"],
-        )
+        stopping, cursor = EarlyStopping(**state["stopping"]), Cursor(**state["cursor"])
+        due = state.get("due", False)  # of a checkpoint that was never saved in an evaluation
+        return cls(stopping, cursor, state["steps"], state["seconds"], due)
 
 
 @dataclass
@@ -158,6 +153,7 @@ def fit(
         if position.steps != kept:
             save(False)
         stands = f"saved after step {position.steps}" if position.steps else "no step was taken"
+        stands += ", before its evaluation" if position.due else ""
         raise PreemptedError(f"{name}: {stands}") from None
     heartbeat.at(f"after {name}")
 
@@ -174,6 +170,9 @@ def _fit(
 ) -> None:
     slots = trainee.model.slots(train).to(trainee.ranks.device)
     meter = Meter(trainee.ranks, trainee.diagnose, log, name, position.seconds)
+    bad_in_a_row = 0
+    if position.due:
+        _evaluate(trainee, phase, position, evaluate, save, meter)
     while position.cursor.epoch < phase.max_epochs and not position.stopping.ended:
         epoch, steps = position.cursor.epoch, train.steps(position.cursor.epoch)
         progress = Progress(f"{name} epoch {epoch + 1}", train.total_rows, "rows", log.speaks)
@@ -185,8 +184,11 @@ def _fit(
             try:
                 loss = trainee.step(sent, following, position.steps)
                 meter.add(loss, sent.batch.rows, position.steps + 1)
+                bad_in_a_row = 0
             except BadStepError as bad:
-                _bad_step(trainee, bad.named(train.domains), position.steps + 1, log, name)
+                bad_in_a_row += 1
+                rows = bad.named(train.domains)
+                _bad_step(trainee, rows, position.steps + 1, bad_in_a_row, log, name)
             position.steps += 1
             now = time.monotonic()
             position.seconds, began = position.seconds + now - began, now
@@ -194,8 +196,9 @@ def _fit(
             progress.add(sent.batch.rows, meter.shown)
             meter.tell(position.steps, position.seconds)
             ends = position.cursor.step == steps
-            due = phase.evaluate_every and position.steps % phase.evaluate_every == 0
-            if ends or due:
+            every = phase.evaluate_every
+            position.due = ends or (every > 0 and position.steps % every == 0)
+            if position.due:
                 position.cursor = Cursor(epoch + 1, 0) if ends else position.cursor
                 _evaluate(trainee, phase, position, evaluate, save, meter)
                 began = time.monotonic()
@@ -206,17 +209,24 @@ def _fit(
 
 
 def _bad_step(
-    trainee: Trainee, rows: dict[str, list[int]], step: int, log: RunLog, name: str
+    trainee: Trainee, rows: dict[str, list[int]], step: int, in_a_row: int, log: RunLog, name: str
 ) -> None:
-    """Stop, or count the step as skipped."""
+    """Stop, or count the step as skipped; stop there too where the steps before were skipped."""
     found = "the loss or its gradient is not finite, or too large to be squared"
     what = f"{name}: step {step}: {found} ({listed(rows)})"
-    if trainee.engine.config.bad_steps == "skip":
+    skips = trainee.engine.config.bad_steps == "skip"
+    if skips:
         log.say(f"{what}; skipped")
         log.bad_step(name, step, rows)
-        return
+        if in_a_row < SKIPPED:
+            return
     why = trainee.diagnose()
     also = f"; {why}" if why else ""
+    if skips:
+        raise UserError(
+            f"{what}{also}; {in_a_row} steps in a row were skipped, so it is not a few rows that "
+            "spoil them: look at the values of these rows, or lower the learning rates"
+        )
     raise UserError(
         f"{what}{also}; no weight has moved by it: look at the values of these rows, lower the "
         'learning rates, or leave such steps out by engine.bad_steps = "skip"'
@@ -237,6 +247,7 @@ def _evaluate(
     trainee.engine.train(False)
     scores = evaluate()
     trainee.engine.train(True)
+    position.due = False
     value = scores.metric(phase.metric)
     if value is None and position.stopping.best is None:
         raise UserError(

@@ -53,6 +53,11 @@ def asked() -> bool:
     return _asked.is_set() and _saves.is_set()
 
 
+def saves() -> bool:
+    """Whether this is inside `saving`, the same on every rank."""
+    return _saves.is_set()
+
+
 @contextmanager
 def saving() -> Iterator[None]:
     """Inside, the steps ask for `asked` and save; outside, SIGTERM ends the process at once.

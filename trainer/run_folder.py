@@ -59,8 +59,7 @@ class RunFolder:
         """Start the folder, or continue one of the same run file; another one is refused, and so is
         a folder to which another process writes."""
 
-        patience = min(PATIENCE, config.faults.timeout_seconds / 2)  # the others wait meanwhile
-        together(ranks, self.path, lambda: fence(self.path, patience) if ranks.first else None)
+        _keep_others_out(self.path, config, ranks)
 
         def act() -> None:
             existing = self.path / RUN_FILE
@@ -166,6 +165,16 @@ class RunFolder:
         """Where a domain's phase 2 keeps its state until its adapter is stored."""
         return self.path / "adapting" / quoted(domain)
 
+    def begin_adding(self, domain: str, config: RunConfig, ranks: Ranks) -> None:
+        """One process at a time adds a domain, and only once; others may be added meanwhile."""
+        method = config.method.name
+        _keep_others_out(self.adapters.home(method, domain), config, ranks)
+        if ranks.broadcast(domain in self.adapters.domains(method)):
+            raise UserError(
+                f"domain {domain!r} has an adapter in {self.path} already; "
+                f"remove it first: remove-domain {self.path} {domain}"
+            )
+
     def save_added(self, domain: str, values: dict[str, Any]) -> None:
         """What `add-domain` found."""
         folder = self.path / "added"
@@ -174,6 +183,11 @@ class RunFolder:
 
     def save_summary(self, values: dict[str, Any]) -> None:
         _write(self.path / SUMMARY, json.dumps(values, indent=1) + "\n")
+
+
+def _keep_others_out(path: Path, config: RunConfig, ranks: Ranks) -> None:
+    patience = min(PATIENCE, config.faults.timeout_seconds / 2)  # the other ranks wait meanwhile
+    together(ranks, path, lambda: fence(path, patience) if ranks.first else None)
 
 
 def _write(path: Path, text: str) -> None:

@@ -118,6 +118,7 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
         self._error: Exception | None = None
+        self._note: dict[str, float] = {}
 
     def __enter__(self) -> "Saver":
         return self
@@ -146,7 +147,7 @@ class Saver:
         live = Contents.of(self._ranks, self._tables, snapshot)
         held = {file: self._held(file, tensors) for file, tensors in live.files.items()}
         copied = time.monotonic() - began
-        self._log.metrics("checkpoint", {"step": step, "waited": waited, "copied": copied})
+        self._note = {"step": step, "waited": waited, "copied": copied}
         best = step_name(best_step) if best_step >= 0 else ""
         work = (step_name(step), replace(live, files=held), best)
         self._thread = Thread(target=self._work, args=work, daemon=True)
@@ -174,6 +175,8 @@ class Saver:
                 self._log.say(f"waiting for the save of step {self._at} for {waited:.0f} s now")
         if self._error is not None:
             raise self._error
+        if thread is not None:  # now it is there; from its own thread nobody writes to the log
+            self._log.metrics("checkpoint", self._note)
         return time.monotonic() - began
 
     def _require_life(self, watch: Watch, waited: float) -> None:

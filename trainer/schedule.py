@@ -211,17 +211,12 @@ def add_domain(
 
     With a folder for its notes (metrics, summary) it writes only the adapter into the run's own.
     """
-    method = config.method.name
-    if domain in folder.adapters.domains(method):
-        raise UserError(
-            f"domain {domain!r} has an adapter in {folder.path} already; "
-            f"remove it first: remove-domain {folder.path} {domain}"
-        )
     noted = RunFolder(notes or folder.path)
     log = RunLog(ranks.first, noted.path, config.tracking, f"{config.name}-{domain}")
     try:
         trunk = folder.load_trunk(config, ranks)
         rows = rows_of(trunk, shards, domain)
+        folder.begin_adding(domain, config, ranks)
         before = _witness(trunk, folder, domain)
         adapter = adapt(trunk, before.trunk, rows, log, folder.adapting(domain))
         save_adapter(folder, adapter, ranks)
