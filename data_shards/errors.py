@@ -1,7 +1,26 @@
 """The one error that a user is meant to read."""
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+# What a disk or a network answers for a while: no mistake of the run's.
+PASSING = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ENOTEMPTY,
+    errno.EPIPE,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 
 
 class UserError(ValueError):
@@ -9,7 +28,8 @@ class UserError(ValueError):
 
 
 class LostError(UserError):
-    """Another rank or node is gone, or has not come: the same command, started again, goes on."""
+    """Another rank or node is gone, or a disk does not answer: the same command, started again,
+    goes on."""
 
 
 class InterruptedWriteError(UserError):

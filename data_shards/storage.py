@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import fsspec
 import xxhash
 
-from data_shards.errors import UserError
+from data_shards.errors import PASSING, LostError, UserError
 
 T = TypeVar("T")
 Location = Path | str
@@ -146,18 +146,33 @@ class RemoteStorage:
             try:
                 return read(path)
             except Exception as error:  # each driver raises classes of its own
-                if wait is None or isinstance(error, _FINAL):
+                if isinstance(error, _FINAL):
                     raise _unreadable(f"{self.url}/{name}", error) from error
+                if wait is None:
+                    raise LostError(
+                        f"{self.url}/{name}: could not be read ({_why(error)}), after "
+                        f"{len(self.waits) + 1} tries; start the same command again when its "
+                        "store can be reached"
+                    ) from error
                 time.sleep(wait)
         raise AssertionError
 
 
 def _unreadable(path: Path | str, error: Exception) -> UserError:
-    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return LostError(
+            f"{path}: could not be read ({_why(error)}); start the same command again when its "
+            "disk answers"
+        )
     return UserError(
-        f"{path}: could not be read ({why or type(error).__name__}); "
+        f"{path}: could not be read ({_why(error)}); "
         "check that it is there, that it may be read and that its store can be reached"
     )
+
+
+def _why(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said or type(error).__name__
 
 
 class BlockCache:

@@ -21,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from launch.group import joined
     from trainer import config as run_files
+    from trainer import heartbeat
     from trainer.ranks import FaultsConfig
     from trainer.run_folder import RUN_FILE
     from trainer.text_build import build
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     config = run_files.load(path, args.overrides)
     # the first rank alone puts all rows into words, and that may take days
     with joined(FaultsConfig(7 * 86400, config.faults.grace_seconds)) as ranks:
+        heartbeat.at("text cache")
         tell = say if ranks.first else lambda text: None
         built = build(config, args.shards or config.data.shards, ranks, tell)
         texts = ", ".join(f"{name} {count:,}" for name, count in built.texts.items())

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -241,6 +242,7 @@ def _rank(agent: int, logs: Path, verb: list[str]) -> None:
     from launch.__main__ import main
 
     leave_with(agent)
+    signal.signal(signal.SIGTERM, _leave)  # torch's own, which is inherited, raises
     told = logs / f"status-{os.environ['LOCAL_RANK']}"
     told.unlink(missing_ok=True)  # of a start before this one
     os.environ[STATUS] = str(told)
@@ -254,6 +256,12 @@ def _rank(agent: int, logs: Path, verb: list[str]) -> None:
     sys.stderr.flush()
     if status:  # nothing is left to wait for, least of all the others
         os._exit(status)
+
+
+def _leave(*unused: object) -> None:
+    """Until `preemption.listening`: there is nothing to save yet."""
+    tell(SAVED)
+    os._exit(SAVED)
 
 
 def _tell(failure: tuple[int, Any], logs: Path) -> int:

@@ -107,6 +107,14 @@ def test_each_batch_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
+def test_a_sign_of_life_that_cannot_be_given_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(exporter.HEARTBEAT, str(tmp_path / "away"))
+    exporter.dealt_with("pretrain", 1)
+    assert served()["banyan_steps_total", 'phase="pretrain"'] == 1
+
+
 def _asked_for(expression: str) -> set[str]:
     assert expression.count("(") == expression.count(")")
     return set(re.findall(r"banyan_\w+", expression))

@@ -45,6 +45,27 @@ def _free(folder: Path) -> bool:
     return True
 
 
+def test_a_lock_whose_file_was_deleted_keeps_nobody_in(tmp_path: Path) -> None:
+    """Who waited for it looks at the file that is there now."""
+    first, second = ((tmp_path / LOCK).open("a+") for _ in range(2))
+    fcntl.flock(first, fcntl.LOCK_EX)
+
+    def replaced() -> None:
+        (tmp_path / LOCK).unlink()
+        third = (tmp_path / LOCK).open("a+")
+        fcntl.flock(third, fcntl.LOCK_EX)
+        held.append(third)
+        first.close()
+
+    held: list[TextIO] = []
+    timer = Timer(0.3, replaced)
+    timer.start()
+    with pytest.raises(LostError, match="another process writes to it"):
+        fence(tmp_path, 1.0)
+    held[0].close()
+    second.close()
+
+
 def test_a_rank_is_tied_to_its_agent_before_it_imports_anything_heavy() -> None:
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "toy", "PYTHONPATH": str(ROOT)}
     command = ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, RANK]

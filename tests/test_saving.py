@@ -65,7 +65,7 @@ def _save(root: Path, step: int, tables: ShardedTables) -> None:
     ranks, snapshot = here(), Snapshot({"w": torch.full((3,), float(step))}, {"step": step})
     contents = saving.Contents.of(ranks, [tables], snapshot)
     saving._write(root / step_name(step), ranks, contents, step_name(step))
-    saving._mark(root, step_name(step), ranks, 1)
+    saving._mark(root, step_name(step), step_name(step), ranks, 1)
 
 
 def _cut_anywhere(root: Path) -> tuple[int, list[str]]:
@@ -262,7 +262,14 @@ def _fallen_back(root: Path) -> dict[str, Any]:
     look("damaged", lambda: ((root / "latest").write_text(step_name(4)), cut(4)))
     look("latest away", lambda: (root / "latest").unlink())
     look("latest upwards", lambda: (root / "latest").write_text("../step-1"))
+    look("latest a folder", lambda: ((root / "latest").unlink(), (root / "latest").mkdir()))
+    look("a folder away", lambda: (root / "latest").rmdir())
     look("latest lost", lambda: (root / "latest").write_text(step_name(7)))
+    manifest = root / step_name(4) / "manifest.json"
+    written = manifest.read_text()
+    look("newer", lambda: manifest.write_text(written.replace('"format": 3', '"format": 4')))
+    ranks.gather(None)
+    look("as before", lambda: manifest.write_text(written))
     look("none", lambda: [cut(step) for step in (1, 2, 3, 4)])
     return found
 
@@ -274,9 +281,11 @@ def test_the_newest_whole_checkpoint_is_found_and_what_was_not_is_said(tmp_path:
     one, three, four = step_name(2), step_name(3), step_name(4)
     assert names["whole"] == four and names["gone back"] == one
     assert names["gone back to a damaged one"] == four
-    for what in ("damaged", "latest away", "latest upwards", "latest lost"):
+    for what in ("damaged", "latest away", "latest upwards", "latest a folder", "latest lost"):
         assert names[what] == three
         assert f"{four}/tables-00001.safetensors: missing or changed" in " ".join(first[what][1])
     assert "falling back to the one before it" in first["damaged"][1][0]
+    assert "'a folder' is no checkpoint's name" in first["latest a folder"][1][0]
+    assert "format 4; this reads 3: go on with the version that wrote it" in names["newer"]
     with pytest.raises(UserError, match="none of its 5 checkpoints is whole; restore one of them"):
         raise UserError(names["none"])

@@ -32,6 +32,10 @@ from trainer.trunk import Trunk
 BEST, BEST_OWN = "best/", "best_own/"
 
 
+class NoAdapterError(UserError):
+    """A domain's rows are too few for an adapter, or of one class."""
+
+
 @dataclass(frozen=True)
 class DomainRows:
     """One domain's rows for phase 2."""
@@ -200,7 +204,7 @@ class _Best:
 
 def _require_enough(train: Loader, domain: str, config: AdaptConfig) -> None:
     if train.total_rows < config.min_rows:
-        raise UserError(
+        raise NoAdapterError(
             f"domain {domain!r}: {train.total_rows} training rows, adapt.min_rows asks for "
             f"{config.min_rows}; collect more rows, or lower it"
         )
@@ -208,7 +212,7 @@ def _require_enough(train: Loader, domain: str, config: AdaptConfig) -> None:
         blocks = train.indexes[0].select(loader_splits, (domain,))
         positives, rows = sum(b.positives for b in blocks), sum(b.rows for b in blocks)
         if positives in (0, rows):
-            raise UserError(
+            raise NoAdapterError(
                 f"domain {domain!r}: all {rows} rows of {', '.join(loader_splits)} have label "
                 f"{int(positives > 0)}; an adapter needs both classes in each"
             )

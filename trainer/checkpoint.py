@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from data_shards import UserError
-from data_shards.errors import LostError
+from data_shards.errors import PASSING, LostError
 from embeddings import ShardedTables
 from trainer.ranks import Ranks, together
 from trainer.tensor_file import read_small, rows_at_once
@@ -32,6 +32,10 @@ RESTORE = "restore the folder from a copy of it"
 _STEP, _FILE = re.compile(r"step-\d+"), re.compile(r"[a-z]+(-\d+)?\.(safetensors|json)")
 
 Tables = Sequence[ShardedTables]
+
+
+class NewerFormatError(UserError):
+    """Of a version to come, whose work is not to be taken for damage."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,9 @@ def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint |
     where there is none it is returned with `best_lost`. None where nothing was saved; UserError
     where of what was saved nothing is whole, LostError where some could not be read. Collective.
     """
-    names, noise = ranks.broadcast(_newest_first(root) if ranks.first else None)
+    names, noise = together(ranks, root, lambda: _newest_first(root) if ranks.first else ([], ""))[
+        0
+    ]
     if noise and names:
         say(f"{root / LATEST}: {noise!r} is no checkpoint's name; the newest whole one is taken")
     lost: set[str] = set()
@@ -157,6 +163,8 @@ def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint |
     for name in names:
         try:
             found = checked(root / name, ranks)
+        except NewerFormatError:
+            raise
         except UserError as error:
             unread = error if isinstance(error, LostError) else unread
             say(f"{error}; falling back to the one before it")
@@ -165,13 +173,13 @@ def newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint |
             return found
         lost.add(found.best)
         spare = spare or replace(found, best_lost=True)
+    if unread is not None:
+        raise unread
     if spare is not None:
         say(
             f"{root}: none is from before that; {spare.folder.name} stands for the best from now on"
         )
         return spare
-    if unread is not None:
-        raise unread
     if names:
         raise UserError(
             f"{root}: none of its {len(names)} checkpoints is whole; restore one of them, or "
@@ -184,6 +192,8 @@ def _best_is_whole(found: Checkpoint, say: Callable[[str], None]) -> bool:
     try:
         if found.best not in ("", found.folder.name):
             checked(found.folder.with_name(found.best), found.ranks)
+    except LostError:
+        raise
     except UserError as error:
         say(f"{error}; it is the best up to {found.folder.name}: falling back to one before it")
         return False
@@ -197,7 +207,10 @@ def steps_in(root: Path) -> list[str]:
 
 
 def best_of(folder: Path) -> str:
-    """The name of the best checkpoint when this one was saved; empty where nobody can tell."""
+    """The name of the best checkpoint when this one was saved; empty where nobody can tell.
+
+    OSError where the disk does not answer.
+    """
     try:
         return str(_manifest(folder)["best"])
     except UserError:
@@ -212,6 +225,8 @@ def _newest_first(root: Path) -> tuple[list[str], str]:
             marked = file.read(99).decode(errors="replace").strip()
     except FileNotFoundError:  # cut off in the first save
         marked = ""
+    except IsADirectoryError:
+        marked = "a folder"
     named = _STEP.fullmatch(marked) is not None
     names = {*steps_in(root), marked} if named else {*steps_in(root)}
     newest_first = sorted(names, key=lambda name: (name == marked, name), reverse=True)
@@ -227,14 +242,17 @@ def _manifest(folder: Path) -> dict[str, Any]:
         format_, files, best = manifest["format"], manifest.get("files"), manifest.get("best")
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
         raise UserError(
             f"{folder}: no complete checkpoint (no readable {MANIFEST}); {RESTORE}"
         ) from None
     if format_ != FORMAT:
-        newer = type(format_) is int and format_ > FORMAT
-        way = "read it with the version that wrote it" if newer else "train it anew"
-        raise UserError(f"{folder}: format {format_!r}; this reads {FORMAT}: {way}")
+        known = f"{folder}: format {format_!r}; this reads {FORMAT}"
+        if type(format_) is int and format_ > FORMAT:
+            raise NewerFormatError(f"{known}: go on with the version that wrote it")
+        raise UserError(f"{known}: train it anew")
     if not isinstance(files, dict) or not {DENSE, STATE} <= files.keys():
         raise UserError(f"{path}: names no {DENSE} or no {STATE}; {RESTORE}")
     strange = [name for name in files if not _FILE.fullmatch(name)]

@@ -1,5 +1,6 @@
 """One process at a time writes to a run's folder."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -13,6 +14,7 @@ from data_shards.errors import LostError
 LOCK = ".lock"
 PATIENCE = 120.0  # seconds; a machine that is lost holds its locks on NFS for 90 more
 LOOK = 0.2
+WITHOUT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 _held: list[TextIO] = []
 
@@ -23,10 +25,7 @@ def fence(folder: Path, patience: float = PATIENCE) -> None:
     Waits for one that is about to end. LostError if it does not: another start may find it gone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    while _held:
-        _held.pop().close()
-    file = (folder / LOCK).open("a+", encoding="utf-8")
-    _held.append(file)
+    file = _opened(folder)
     deadline, said = time.monotonic() + patience, False
     while not _locked(file):
         if time.monotonic() > deadline:
@@ -38,8 +37,16 @@ def fence(folder: Path, patience: float = PATIENCE) -> None:
             _say(f"{folder}: waiting {patience:g} s at most for another process ({_holder(file)})")
         said = True
         time.sleep(min(LOOK, patience))
+        file = _opened(folder)  # anew: who has a lock whose file was deleted keeps nobody out
     file.truncate(0)
     print(f"pid {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+
+
+def _opened(folder: Path) -> TextIO:
+    while _held:
+        _held.pop().close()
+    _held.append((folder / LOCK).open("a+", encoding="utf-8"))
+    return _held[-1]
 
 
 def _locked(file: TextIO) -> bool:
@@ -49,6 +56,8 @@ def _locked(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
+        if error.errno not in WITHOUT:
+            raise
         _say(
             f"{file.name}: cannot be locked ({error.strerror}): that no other process writes to "
             "this folder is yours to see to"

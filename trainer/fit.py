@@ -38,6 +38,8 @@ class Position:
     seconds: float = 0.0
     due: bool = False
     """An evaluation comes before the next step: it has not begun, or was cut off by SIGTERM."""
+    bad_in_a_row: int = 0
+    """Steps up to here that were skipped."""
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,8 +47,8 @@ class Position:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
         stopping, cursor = EarlyStopping(**state["stopping"]), Cursor(**state["cursor"])
-        due = state.get("due", False)  # of a checkpoint that was never saved in an evaluation
-        return cls(stopping, cursor, state["steps"], state["seconds"], due)
+        later = {name: state[name] for name in ("due", "bad_in_a_row") if name in state}
+        return cls(stopping, cursor, state["steps"], state["seconds"], **later)
 
 
 @dataclass
@@ -170,7 +172,6 @@ def _fit(
 ) -> None:
     slots = trainee.model.slots(train).to(trainee.ranks.device)
     meter = Meter(trainee.ranks, trainee.diagnose, log, name, position.seconds)
-    bad_in_a_row = 0
     if position.due:
         _evaluate(trainee, phase, position, evaluate, save, meter)
     while position.cursor.epoch < phase.max_epochs and not position.stopping.ended:
@@ -184,11 +185,10 @@ def _fit(
             try:
                 loss = trainee.step(sent, following, position.steps)
                 meter.add(loss, sent.batch.rows, position.steps + 1)
-                bad_in_a_row = 0
+                position.bad_in_a_row = 0
             except BadStepError as bad:
-                bad_in_a_row += 1
-                rows = bad.named(train.domains)
-                _bad_step(trainee, rows, position.steps + 1, bad_in_a_row, log, name)
+                position.bad_in_a_row += 1
+                _bad_step(trainee, bad.named(train.domains), position, log, name)
             position.steps += 1
             now = time.monotonic()
             position.seconds, began = position.seconds + now - began, now
@@ -209,10 +209,11 @@ def _fit(
 
 
 def _bad_step(
-    trainee: Trainee, rows: dict[str, list[int]], step: int, in_a_row: int, log: RunLog, name: str
+    trainee: Trainee, rows: dict[str, list[int]], position: Position, log: RunLog, name: str
 ) -> None:
     """Stop, or count the step as skipped; stop there too where the steps before were skipped."""
     found = "the loss or its gradient is not finite, or too large to be squared"
+    step, in_a_row = position.steps + 1, position.bad_in_a_row
     what = f"{name}: step {step}: {found} ({listed(rows)})"
     skips = trainee.engine.config.bad_steps == "skip"
     if skips:

@@ -46,7 +46,9 @@ class Meter:
 
     def since_last(self, step: int, seconds: float) -> dict[str, Any]:
         """Loss of the last steps, rows of all ranks a second since the last line, and the share of
-        that time in which the first rank waited for data. Collective."""
+        that time in which the first rank waited for data; nothing without a step. Collective."""
+        if not self._rows:
+            return {}
         if self._steps:
             self._look(step)
         waited, took = exporter.waited(self.name), max(seconds - self._seconds, 1e-9)

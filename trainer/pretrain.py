@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_shards import Location, UserError
-from data_shards.errors import unknown
+from data_shards.errors import LostError, unknown
 from models import Method
 from trainer import preemption
 from trainer.checkpoint import Checkpoint, checked, newest
@@ -18,6 +18,7 @@ from trainer.log import RunLog
 from trainer.metrics import METRICS
 from trainer.model import adapter_tensors
 from trainer.phase_state import restored, state_of
+from trainer.ranks import Ranks
 from trainer.saving import Saver, step_name
 from trainer.trunk import Trunk
 
@@ -87,11 +88,18 @@ def pretrain(
             name,
         )
     if position.stopping.best_step >= 0:
-        best = checked(folder / step_name(position.stopping.best_step), ranks)
-        _resume(best, trunk, engine, data)
+        _resume(_best(folder / step_name(position.stopping.best_step), ranks), trunk, engine, data)
     trunk.dense = _dense(method, engine)
     adapters = adapter_tensors(trunk, method.domains, engine.parameters())
     return Pretrained(position.seconds, position.steps, adapters)
+
+
+def _best(folder: Path, ranks: Ranks) -> Checkpoint:
+    """LostError where it is damaged: another start comes to it again from one before it."""
+    try:
+        return checked(folder, ranks)
+    except UserError as error:
+        raise LostError(f"{error}, or start the same command again") from error
 
 
 def _resume(found: Checkpoint, trunk: Trunk, engine: Engine, data: list[str]) -> Position:

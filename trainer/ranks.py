@@ -13,20 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_shards.errors import LostError, UserError
+from data_shards.errors import PASSING, LostError, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
-# What a disk, most often one over a network, answers for a while: no mistake of the run's.
-PASSING = {
-    errno.EBUSY,
-    errno.EIO,
-    errno.ENOTCONN,
-    errno.ENOTEMPTY,
-    errno.EREMOTEIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
@@ -112,10 +102,10 @@ def together(ranks: Ranks, where: Path | str, act: Callable[[], T]) -> list[T]:
     try:
         result = act()
     except UserError as error:
-        problem, kind = str(error), LostError if isinstance(error, LostError) else UserError
+        problem, kind = str(error), type(error)
     except OSError as error:
-        problem = f"{where}: {error.strerror}; "
-        if error.errno in PASSING:
+        problem = f"{where}: {error.strerror or error}; "
+        if error.errno is None or error.errno in PASSING:  # none: of a store or a socket
             problem += "what was saved before is whole, and the same command goes on from there"
             kind = LostError
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):

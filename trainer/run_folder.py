@@ -14,8 +14,9 @@ from urllib.parse import quote, unquote
 
 from data_shards import Index, Location, Schema, UserError, Vocabulary
 from data_shards.durable import flush
+from data_shards.errors import LostError
 from trainer.adapter_store import Adapter, AdapterStore, quoted
-from trainer.checkpoint import MANIFEST, STATE, Snapshot, checked
+from trainer.checkpoint import MANIFEST, STATE, Checkpoint, Snapshot, checked
 from trainer.config import RunConfig, dump, first_difference, from_dict
 from trainer.fence import PATIENCE, fence
 from trainer.prompting import prompter_of, require_same_prompts
@@ -67,7 +68,8 @@ class RunFolder:
             # A run that has saved nothing yet, such as one with a mistake in it, may change.
             if existing.exists() and any(path.exists() for path in begun):
                 theirs = tomllib.loads(existing.read_text(encoding="utf-8"))
-                key = first_difference(tomllib.loads(dump(config)), theirs, FREE)
+                learned = {"pretrain.max_epochs"} if (self.trunk / MANIFEST).exists() else set()
+                key = first_difference(tomllib.loads(dump(config)), theirs, FREE - learned)
                 if key is not None:
                     raise UserError(
                         f"{self.path}: holds a run of another run file (they differ in {key}); "
@@ -121,7 +123,7 @@ class RunFolder:
         values = self.trunk_values()
         schema = Schema.from_json(values["schema"])
         trunk = empty_trunk(config, ranks, schema, values["rows"], values["vocabulary"])
-        snapshot = checked(self.trunk, ranks).load([trunk.tables], optimizer=False)
+        snapshot = self._checked_trunk(ranks).load([trunk.tables], optimizer=False)
         for name, tensor in snapshot.tensors.items():
             if name.startswith(START):
                 domain, name = name.removeprefix(START).split("/", 1)
@@ -136,9 +138,20 @@ class RunFolder:
         """Give the trunk of another run this run's dense shared part. Collective."""
         values = self.trunk_values()
         trunk.require_base(values["base"], self.path)
-        tensors = checked(self.trunk, trunk.ranks).dense()
+        tensors = self._checked_trunk(trunk.ranks).dense()
         theirs = {name: t for name, t in tensors.items() if not name.startswith(START)}
         copy_into(trunk.dense, theirs, f"shared part of {self.path}")
+
+    def _checked_trunk(self, ranks: Ranks) -> Checkpoint:
+        try:
+            return checked(self.trunk, ranks)
+        except LostError:
+            raise
+        except UserError as error:
+            raise UserError(
+                f"{error}, or delete {self.trunk} and start its `train` again, which makes it of "
+                f"{self.checkpoints.name}/"
+            ) from error
 
     def trunk_values(self) -> dict[str, Any]:
         """What the saved trunk says of itself."""

@@ -130,7 +130,10 @@ class Saver:
         elif self._thread is not None and not issubclass(kind, RuntimeError):
             # What ends a phase, such as a mistake in its rows, is no reason to lose the last save;
             # after a failed collective nobody would answer.
-            self.wait()
+            try:
+                self.wait()
+            except OSError as error:  # of the log
+                self._log.say(f"{error}; the save of step {self._at} is through")
 
     def save(self, step: int, snapshot: Snapshot, best_step: int = -1) -> None:
         """Copy all there is, now; the rest is done later. Collective.
@@ -204,7 +207,7 @@ class Saver:
     def _work(self, name: str, contents: Contents, best: str) -> None:
         try:
             _write(self._root / name, self._aside, contents, best)
-            _mark(self._root, name, self._aside, self._keep)
+            _mark(self._root, name, best, self._aside, self._keep)
             exporter.saved()
         except Exception as error:  # of any kind: it is raised again by the next `wait`
             self._error = error
@@ -260,7 +263,7 @@ def _publish(temporary: Path, folder: Path, manifest: bytes) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _mark(root: Path, name: str, ranks: Ranks, keep: int) -> None:
+def _mark(root: Path, name: str, best: str, ranks: Ranks, keep: int) -> None:
     """Point `latest` at a checkpoint, and only then remove what nobody goes back to."""
 
     def mark() -> None:
@@ -268,16 +271,19 @@ def _mark(root: Path, name: str, ranks: Ranks, keep: int) -> None:
         write_file(temporary, [name.encode()])
         os.replace(temporary, root / LATEST)
         flush(root)
-        _prune(root, name, keep)
+        _prune(root, name, best, keep)
 
     together(ranks, root, lambda: mark() if ranks.first else None)
 
 
-def _prune(root: Path, name: str, keep: int) -> None:
+def _prune(root: Path, name: str, best: str, keep: int) -> None:
     """Keep the newest `keep` up to this one and the best of each; what is newer was given up."""
     past = [step for step in checkpoint.steps_in(root) if step <= name]
-    kept = {name, *past[:keep]}
-    kept |= {checkpoint.best_of(root / step) for step in kept}
+    others = {step for step in past[:keep] if step != name}
+    try:
+        kept = {name, best} | others | {checkpoint.best_of(root / step) for step in others}
+    except OSError:  # which is the best of one cannot be read now: the next save removes the rest
+        return
     for step in checkpoint.steps_in(root):
         if step not in kept:
             _set_aside(root / step)

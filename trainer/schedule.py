@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_shards import Index, Location, UserError
-from trainer.adapt import adapt, rows_of
+from data_shards import Index, Location
+from trainer.adapt import DomainRows, NoAdapterError, adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.align import align
 from trainer.config import RunConfig
@@ -131,14 +131,21 @@ def _adapt_all(
             continue
         log.say(f"adapt {domain} ({number} of {len(domains)})")
         try:
-            rows = rows_of(trunk, shards, domain)
-        except UserError as error:
+            rows = _rows_of(trunk, shards, domain)
+        except NoAdapterError as error:
             skipped[domain] = str(error)
             log.say(f"adapt {domain}: no adapter: {error}")
             continue
         adapter = adapt(trunk, trunk_id, rows, log, folder.adapting(domain))
         save_adapter(folder, adapter, ranks)
     return skipped
+
+
+def _rows_of(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
+    """As `rows_of`, the same on every rank: what one cannot read, none trains on. Collective."""
+    found: list[DomainRows] = []
+    together(trunk.ranks, f"rows of {domain}", lambda: found.append(rows_of(trunk, shards, domain)))
+    return found[0]
 
 
 def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: RunFolder) -> None:
@@ -215,7 +222,7 @@ def add_domain(
     log = RunLog(ranks.first, noted.path, config.tracking, f"{config.name}-{domain}")
     try:
         trunk = folder.load_trunk(config, ranks)
-        rows = rows_of(trunk, shards, domain)
+        rows = _rows_of(trunk, shards, domain)
         folder.begin_adding(domain, config, ranks)
         before = _witness(trunk, folder, domain)
         adapter = adapt(trunk, before.trunk, rows, log, folder.adapting(domain))
