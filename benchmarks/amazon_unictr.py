@@ -16,11 +16,12 @@ from benchmarks.amazon_rows import NEW, sizes, title_cosines, write_rows
 from benchmarks.measured import Measured
 from trainer import config as run_files
 from trainer import ranks as groups
+from trainer.adding import add_domain
 from trainer.config import RunConfig
 from trainer.evaluate import zero_shot
 from trainer.report import grid
 from trainer.run_folder import RunFolder
-from trainer.schedule import add_domain, train
+from trainer.schedule import train
 
 ROOT = Path(__file__).parents[1]
 RUN_FILE = ROOT / "launch" / "runs" / "amazon_unictr.toml"

@@ -21,6 +21,7 @@ from data_shards import Index, open_source, write_shards
 from models import MLoRAConfig
 from trainer import config as run_files
 from trainer import ranks as groups
+from trainer.adding import add_domain
 from trainer.config import RunConfig
 from trainer.evaluate import evaluate, zero_shot
 from trainer.log import RunLog
@@ -30,7 +31,7 @@ from trainer.pretrain import pretrain
 from trainer.ranks import Ranks
 from trainer.report import grid
 from trainer.run_folder import RunFolder
-from trainer.schedule import add_domain, train
+from trainer.schedule import train
 from trainer.text_build import build
 from trainer.trunk import new_trunk
 

@@ -10,6 +10,20 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or none of it, for good; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = unfinished(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        flush(beside)
+        beside.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def flush(path: Path) -> None:
     """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -31,9 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from launch.group import joined
+    from trainer.adding import add_domain
     from trainer.log import require_login
     from trainer.run_folder import RunFolder
-    from trainer.schedule import add_domain
 
     config = RunFolder.config(args.run_folder)
     config = replace(config, adapt=replace(config.adapt, own_ids=not args.no_own_ids))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards import Index, Vocabulary
-from data_shards.durable import unfinished
+from data_shards.durable import write_whole
 from launch.kinds import Work, data_of, digest
 from launch.measures import Cost, cost_of_adapter, cost_of_pretrain, latency_ms
 from launch.progress import say
@@ -121,14 +121,6 @@ def bound(config: RunConfig, folder: Path, name: str, shards: Path) -> RunConfig
     """The run as it stands in the suite's folder."""
     data = replace(config.data, shards=str(shards))
     return replace(config, name=name, output=str(folder / "trained"), data=data)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = unfinished(path)
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 @contextmanager

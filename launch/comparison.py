@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_shards import UserError
+from data_shards.durable import write_whole
 from data_shards.errors import LostError
-from launch.cells import SuiteFolder, locked, write_whole
+from launch.cells import SuiteFolder, locked
 from launch.progress import say
 from launch.standing import Row, as_csv, cell_row, checked_row, printed, results, table
 from launch.suite import Cell, Plan, Point, Suite

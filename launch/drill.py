@@ -2,9 +2,10 @@
 
 First the run is left alone, then it is run again in rounds: in each, ranks die at random moments
 and places (in a step between tables and dense part, at the n-th file operation of a save, reading
-shards, evaluating) and torchrun itself is killed and started again. In the end a round must have
-the trunk, the adapters and the scores of the run that was left alone, to the bit, and have seen
-each row as often. A seed gives the same kinds and places again.
+shards, evaluating) and torchrun itself is killed and started again; some get SIGTERM, which leaves
+them time to save. In the end a round must have the trunk, the adapters and the scores of the run
+that was left alone, to the bit, and have seen each row as often. A seed gives the same kinds and
+places again.
 
 Example: python -m launch drill launch/runs/movielens_mlora.toml --rounds 3 --seed 1 --ranks 2
 """
@@ -72,7 +73,8 @@ def drawn(
         kind = chance.choice([kind for kind in KINDS if events.get(kind)])
         # a later start has less to do
         number = chance.randint(1, max(events[kind] // (start + 1), 1))
-        deaths.append(Death(kind, number, rank, chance.random() < 0.25))
+        agent, told = chance.random() < 0.25, chance.random() < 0.25
+        deaths.append(Death(kind, number, rank, agent, told))
     return deaths
 
 
@@ -87,6 +89,6 @@ def summary(rounds: list[dict]) -> str:
             f"rounds survived        {survived} of {len(rounds)}",
             f"deaths                 {sum(one['deaths'] for one in rounds)}",
             f"rows lost or repeated  {sum(one['lost'] + one['repeated'] for one in rounds)}",
-            f"seconds from a kill to the first new step: {shown}",
+            f"seconds from a death to the first new step: {shown}",
         )
     )

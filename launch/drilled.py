@@ -22,19 +22,21 @@ from trainer import heartbeat
 FOLDER = "BANYAN_DRILL"
 PLAN, DEAD, COUNTS, LEDGER = "deaths.json", "dead.jsonl", "counts", "ledger"
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.link")
-SAVED = ("checkpoints", "trunk", "adapting", "adapters")  # of a run's folder
+SAVED = ("checkpoints", "trunk", "adapters")  # of a run's folder
 WRITES = os.O_WRONLY | os.O_RDWR
 
 
 @dataclass(frozen=True)
 class Death:
     """`rank` dies at the `number`-th event of this kind in its start; `time`: after as many
-    milliseconds. With `agent` torchrun is killed instead, and its ranks go with it."""
+    milliseconds. With `agent` torchrun is killed instead, and its ranks go with it; with `told`
+    it is SIGTERM, which leaves time to save."""
 
     kind: str
     number: int
     rank: int
     agent: bool = False
+    told: bool = False
 
 
 class Toll:
@@ -50,8 +52,10 @@ class Toll:
         death = self._death
         if death and death.kind == kind and death.number == self.counts[kind]:
             self._last_words(death)
-            os.kill(os.getppid() if death.agent else os.getpid(), signal.SIGKILL)
-            time.sleep(60)  # for the agent's end, which is this one's too
+            victim = os.getppid() if death.agent else os.getpid()
+            os.kill(victim, signal.SIGTERM if death.told else signal.SIGKILL)
+            if not death.told:
+                time.sleep(60)  # for the agent's end, which is this one's too
 
     def listen(self) -> None:
         """To files read and written, steps, evaluations and the clock, from now on."""

@@ -12,9 +12,10 @@ from models.backbones import BACKBONES
 from models.multi_domain import BASELINES
 from tests.gang import gang
 from tests.toy_run import here, toy_config
+from trainer.adding import add_domain
 from trainer.fit import trainee_of
 from trainer.run_folder import RunFolder
-from trainer.schedule import add_domain, train
+from trainer.schedule import train
 from trainer.trunk import new_trunk
 
 pytestmark = pytest.mark.dist

@@ -21,7 +21,6 @@ from trainer.checkpoint import Snapshot, checked, newest
 from trainer.log import RunLog
 from trainer.run_folder import RunFolder
 from trainer.saving import Saver, step_name
-from trainer.schedule import save_adapter
 from trainer.tensor_file import write_file
 from trainer.trunk import new_trunk
 
@@ -159,7 +158,7 @@ def _save_adapter_on_a_full_disk(output: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if here().first:
             patch.setattr("trainer.adapter_store.write_file", _full_at("adapter.safetensors"))
-        save_adapter(folder, adapter, here())
+        folder.save_adapter(adapter, here())
 
 
 def _full_at(file: str) -> Callable[[Path, Iterable[bytes]], str]:

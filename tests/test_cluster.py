@@ -17,8 +17,9 @@ from tests.gang import gang
 from tests.kustomize import render
 from tests.toy_run import here
 from trainer import config as run_files
+from trainer.adding import add_domain
 from trainer.run_folder import RunFolder
-from trainer.schedule import add_domain, train
+from trainer.schedule import train
 
 K8S = ROOT / "k8s"
 # The manifests' run file in small.

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_seed_gives_the_same_deaths_again() -> None:
     assert plans == [drawn(random.Random(f"7/{n}"), 3, counts, 9.0) for n in range(50)]
     deaths = [death for plan in plans for death in plan]
     assert {death.kind for death in deaths} == set(KINDS)
-    assert {death.agent for death in deaths} == {False, True}
+    assert {(death.agent, death.told) for death in deaths} == {*product((False, True), repeat=2)}
     for death in deaths:
         assert 1 <= death.number <= {**counts[death.rank], "time": 9000}[death.kind]
     assert {death.rank for death in deaths} == {0, 1}

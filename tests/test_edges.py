@@ -2,27 +2,24 @@
 misled by what it finds: it comes to the same end, or says what was lost."""
 
 import fcntl
-import shutil
+import json
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from data_shards import UserError
 from tests.gang import gang
-from tests.toy_run import checkpoint_at, digests, here, recording, refused, toy_config
-from trainer import preemption, saving, schedule
+from tests.toy_run import digests, here, recording, refused, toy_config
+from trainer import adding, preemption, saving, schedule
 from trainer.checkpoint import Snapshot
 from trainer.config import RunConfig, TrackingConfig
-from trainer.early_stopping import EarlyStopping
 from trainer.log import RunLog
 from trainer.ranks import FaultsConfig
 from trainer.run_folder import RunFolder
@@ -37,15 +34,6 @@ PLAIN = ("engine.zero_stage=0", "pretrain.checkpoint_every=5", "keep_checkpoints
 
 class _CutError(Exception):
     """Stands for whatever ends a process."""
-
-
-@dataclass
-class _Found:
-    """What became of a run, and what it said."""
-
-    said: str
-    trunk: dict[str, Tensor] = field(default_factory=dict)
-    best_step: int = -1
 
 
 def _one_phase(toy: Path, output: Path, name: str) -> RunConfig:
@@ -84,9 +72,9 @@ def _other_ids(toy: Path, output: Path) -> str:
     return refused(lambda: _add(config, replace(own, own_ids=False), toy))
 
 
-def _add(config: RunConfig, adapt: Any, toy: Path) -> None:
+def _add(config: RunConfig, adapt: Any, toy: Path) -> dict[str, Any]:
     config = replace(config, adapt=adapt)
-    schedule.add_domain(config, RunFolder(config.folder), "games", toy / "added", here())
+    return adding.add_domain(config, RunFolder(config.folder), "games", toy / "added", here())
 
 
 def _told_where_nothing_is_saved(toy: Path, output: Path) -> tuple[list[Any], bool]:
@@ -172,6 +160,34 @@ def _taken(toy: Path, output: Path) -> list[str]:
     ]
 
 
+def _added_twice(toy: Path, output: Path) -> list[Any]:
+    """What is found of a domain whose adding was cut off when its adapter was stored, and of one
+    that was not; what adding it again says then, and which files its removal leaves."""
+    config, found = _one_phase(toy, output, "whole"), []
+    folder, steps = RunFolder(config.folder), replace(config.adapt, checkpoint_every=1)
+    for cut in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if cut:
+                patch.setattr(adding, "_summary", _cut)
+                with pytest.raises(_CutError):
+                    _add(config, steps, toy)
+        summary = _add(config, steps, toy)
+        home = folder.adapters.home("mlora", "games")
+        assert json.loads((folder.path / "added" / "games.json").read_text()) == summary
+        shown = {key: value for key, value in summary.items() if key != "seconds"}
+        found.append((shown, _learned(home), sorted(path.name for path in home.iterdir())))
+        twice = refused(lambda: _add(config, steps, toy))
+        taken = _beside_another(home, lambda: folder.adapters.remove("mlora", "games"))
+        folder.adapters.remove("mlora", "games")
+        found.append((twice, taken, home.exists()))
+    return found
+
+
+def _learned(home: Path) -> dict[str, str]:
+    files = digests(home, ("1",))
+    return {name: digest for name, digest in files.items() if name != "1/adapter.json"}  # a time
+
+
 def _beside_another(folder: Path, act: Callable[[], Any]) -> str:
     folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -180,59 +196,15 @@ def _beside_another(folder: Path, act: Callable[[], Any]) -> str:
         return refused(act)
 
 
-def _best_lost(toy: Path, output: Path) -> dict[str, _Found]:
-    """A run whose best checkpoint is damaged when it is started again, with ones from before it
-    and without; its first evaluation is never beaten."""
-
-    def cut(at: int) -> None:
-        if at == CUT:
-            raise _CutError
-
-    found = {}
-    with _never_better():
-        config = toy_config(toy, output, "name=best", *PLAIN, "phases=['pretrain']")
-        with recording(cut), pytest.raises(_CutError):
-            schedule.train(config, here())
-        tensors = checkpoint_at(config.folder / "checkpoints" / step_name(EVALUATED))[0]
-        found["undamaged"] = _Found("", tensors)
-        checkpoints = config.folder / "checkpoints"
-        (checkpoints / step_name(EVALUATED) / "state.json").write_text("{}")
-        shutil.copytree(config.folder, output / "kept")
-        found["one before"] = _continued(config)
-        shutil.rmtree(config.folder)
-        shutil.move(output / "kept", config.folder)
-        for step in (5, 10):
-            shutil.rmtree(checkpoints / step_name(step))
-        found["none before"] = _continued(config)
-    return found
-
-
-def _continued(config: RunConfig) -> _Found:
-    said: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.log.RunLog.say", lambda self, text: said.append(text))
-        schedule.train(config, here())
-    stopping = checkpoint_at(config.folder / "checkpoints" / step_name(LAST))[1]["stopping"]
-    trunk = checkpoint_at(config.folder / "trunk")[0]
-    return _Found("\n".join(said), trunk, stopping["best_step"])
-
-
-@contextmanager
-def _never_better() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EarlyStopping, "_beats", lambda self, value, best: False)
-        yield
-
-
 def _stories(toy: Path, output: Path) -> dict[str, Any]:
     return {
         "one phase": _cut_before_the_trunk(toy, output),
         "nothing saved": _told_where_nothing_is_saved(toy, output),  # before a cut while it saves
         "last save": _told_in_the_last_save(output / "saves"),
         "too slow": _too_slow(output / "slow"),
+        "added twice": _added_twice(toy, output),
         "other ids": _other_ids(toy, output),
         "taken": _taken(toy, output),
-        "best lost": _best_lost(toy, output),
     }
 
 
@@ -245,6 +217,15 @@ def test_adapters_of_one_phase_are_stored_once_wherever_it_is_cut(stories: dict[
     whole, cut = stories["one phase"]["whole"], stories["one phase"]["cut"]
     assert cut.keys() == whole.keys() and any("/1/adapter.safetensors" in name for name in whole)
     assert not [name for name in whole if name.endswith("safetensors") and cut[name] != whole[name]]
+
+
+def test_a_domain_whose_adding_was_cut_off_is_added_to_the_end(stories: dict[str, Any]) -> None:
+    (whole, again), (cut, then) = stories["added twice"][:2], stories["added twice"][2:]
+    assert cut == whole and whole[0]["moved"] == [] and whole[2] == [".lock", "1"]
+    for twice, taken, left in (again, then):
+        assert "'games' has an adapter" in twice and "remove it first: remove-domain" in twice
+        assert "games: another process writes to it (pid 7 on that machine)" in taken
+        assert not left
 
 
 def test_own_ids_may_not_change_while_a_domain_learns(stories: dict[str, Any]) -> None:
@@ -274,25 +255,3 @@ def test_a_folder_to_which_another_process_writes_is_left_alone(stories: dict[st
         wanted = rf"/{folder}: another .*\(pid 7 on that machine\); wait for it"
         with pytest.raises(UserError, match=wanted):
             raise UserError(said)
-
-
-def test_a_damaged_best_checkpoint_is_come_to_again_from_one_before_it(
-    stories: dict[str, Any],
-) -> None:
-    undamaged, again = stories["best lost"]["undamaged"], stories["best lost"]["one before"]
-    assert f"{step_name(EVALUATED)}/state.json: missing or changed (SHA-256)" in again.said
-    assert f"it is the best up to {step_name(NEWEST)}: falling back to one before" in again.said
-    assert f"pretrain: continues from {step_name(10)}" in again.said
-    assert again.best_step == EVALUATED
-    kept = [name for name in undamaged.trunk if name.endswith("/weight")]
-    assert kept
-    assert all(torch.equal(again.trunk[name], undamaged.trunk[name]) for name in kept)
-
-
-def test_a_best_checkpoint_that_is_lost_for_good_is_said_early(stories: dict[str, Any]) -> None:
-    found = stories["best lost"]["none before"]
-    said = found.said.splitlines()
-    wanted = f"{step_name(NEWEST)} stands for the best from now on"
-    assert [line for line in said[:3] if wanted in line]
-    assert f"pretrain: continues from {step_name(NEWEST)}" in said
-    assert found.best_step == LAST, "whatever comes is better than what is lost"

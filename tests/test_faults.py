@@ -28,7 +28,7 @@ from trainer.model import Model
 from trainer.preemption import PreemptedError
 from trainer.ranks import FaultsConfig
 from trainer.run_folder import RunFolder
-from trainer.saving import Saver
+from trainer.saving import Saver, step_name
 from trainer.schedule import train
 from trainer.tensor_file import write_file
 
@@ -145,7 +145,7 @@ def test_sigterm_saves_on_all_ranks_and_loses_no_step(
     assert summary == whole[0]
     assert _digests(tmp_path / "run") == _digests(whole[1])
     # by a start that was cut off when its adapter was stored: a domain added anew would go on there
-    left = RunFolder(tmp_path / "run").adapting("books") / "checkpoints"
+    left = RunFolder(tmp_path / "run").adapters.home("mlora", "books") / "adapting" / step_name(1)
     left.mkdir(parents=True)
     gang(2, _run, toy, tmp_path, "run")
     assert not left.exists()

@@ -60,8 +60,8 @@ def test_a_lock_whose_file_was_deleted_keeps_nobody_in(tmp_path: Path) -> None:
     held: list[TextIO] = []
     timer = Timer(0.3, replaced)
     timer.start()
-    with pytest.raises(LostError, match="another process writes to it"):
-        fence(tmp_path, 1.0)
+    with pytest.raises(LostError, match="another process writes to it"), fence(tmp_path, 1.0):
+        pass
     held[0].close()
     second.close()
 
@@ -84,26 +84,28 @@ def test_a_rank_whose_agent_went_before_ends_at_once() -> None:
 
 
 def test_one_process_has_one_folder_for_itself(tmp_path: Path) -> None:
-    fence(tmp_path / "a")
-    fence(tmp_path / "a")
-    assert not _free(tmp_path / "a")
-    assert (tmp_path / "a" / LOCK).read_text().startswith(f"pid {os.getpid()} on ")
-    fence(tmp_path / "b")
-    assert _free(tmp_path / "a") and not _free(tmp_path / "b")
+    with fence(tmp_path / "a"):
+        assert not _free(tmp_path / "a")
+        assert (tmp_path / "a" / LOCK).read_text().startswith(f"pid {os.getpid()} on ")
+        with fence(tmp_path / "b"):
+            assert not _free(tmp_path / "a") and not _free(tmp_path / "b")
+        assert _free(tmp_path / "b")
+    assert _free(tmp_path / "a")
 
 
 def test_a_folder_that_is_taken_is_refused(
     tmp_path: Path, taken: TextIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(LostError, match=r"\(pid 7 on that machine\); wait for it or stop it, or"):
-        fence(tmp_path, 0.1)
+    wanted = r"\(pid 7 on that machine\); wait for it or stop it, or"
+    with pytest.raises(LostError, match=wanted), fence(tmp_path, 0.1):
+        pass
     assert "waiting 0.1 s at most for another process (pid 7 on" in capsys.readouterr().err
 
 
 def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path, taken: TextIO) -> None:
     Timer(0.3, taken.close).start()
-    fence(tmp_path, 30)
-    assert taken.closed and not _free(tmp_path)
+    with fence(tmp_path, 30):
+        assert taken.closed and not _free(tmp_path)
 
 
 def test_a_file_system_without_locks_is_said_and_stops_nothing(
@@ -113,5 +115,6 @@ def test_a_file_system_without_locks_is_said_and_stops_nothing(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fences.fcntl, "flock", without)
-    fence(tmp_path, 0.1)
+    with fence(tmp_path, 0.1):
+        pass
     assert "cannot be locked (No locks available): that no other" in capsys.readouterr().err

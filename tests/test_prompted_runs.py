@@ -102,9 +102,9 @@ def _told(made: Path, rows: Path) -> dict[int, list[int]]:
     """The tokens that an untrained model is given, by row."""
     config = run_files.load(made / "run.toml")
     index, folder = Index.load(made / "shards"), RunFolder(made / "toy")
-    folder.open(config, here())
     trunk = new_trunk(config, here(), index)
-    folder.save_trunk(trunk, index, made / "shards", 0.0)
+    with folder.open(config, here()):
+        folder.save_trunk(trunk, index, made / "shards", 0.0)
     server = serving.Server(config, folder, here())
     told: dict[int, list[int]] = {}
 

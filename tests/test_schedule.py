@@ -18,7 +18,7 @@ from launch.__main__ import main
 from tests.gang import gang
 from tests.toy_run import ADDED, SIZES, adapters_at, planted_rows
 from tests.toy_story import LATER, Story, live, scores_of, write_sets
-from trainer import schedule
+from trainer import adding
 from trainer.metrics import Scores
 
 pytestmark = pytest.mark.dist
@@ -120,10 +120,10 @@ def test_a_diverged_model_is_refused_by_every_rank(story: Story) -> None:
 
 
 def test_a_witness_names_whatever_moved() -> None:
-    logits = np.array([0.0, 1.0], np.float32)
-    before = schedule.Witness("t", {"a": "1", "b": "2"}, logits)
+    before = adding.Witness("t", {"a": "1", "b": "2"}, "p")
     assert before.differences(replace(before, adapters={"a": "1", "b": "2", "new": "3"})) == []
-    moved = schedule.Witness("u", {"a": "1", "b": "3"}, np.array([-0.0, 1.0], np.float32))
+    assert before.differences(replace(before, adapters={"a": "1"})) == ["adapter of b"]
+    moved = adding.Witness("u", {"a": "1", "b": "3"}, "q")
     assert before.differences(moved) == ["trunk", "adapter of b", "predictions"]
 
 

@@ -18,8 +18,8 @@ from tests.gang import gang
 from tests.toy_method import copies
 from tests.toy_run import Step, here, recording
 from tests.toy_ufin_run import ADAPT, RUN, CutError, write_toy
+from trainer import adding, schedule
 from trainer import config as run_files
-from trainer import schedule
 from trainer.align import align
 from trainer.config import RunConfig
 from trainer.evaluate import zero_shot
@@ -107,7 +107,7 @@ def live(toy: Path, output: Path, name: str, zero_stage: int) -> Story:
     for at in CUTS if ranks.world == 1 else ():
         _cut(_ctrl(toy, output, f"cut{at}", text=section, engine=engine), at)
     together(ranks, text, lambda: shutil.rmtree(text) if ranks.first else None)
-    added = schedule.add_domain(ctrl, RunFolder(ctrl.folder), "games", toy / "added", ranks)
+    added = adding.add_domain(ctrl, RunFolder(ctrl.folder), "games", toy / "added", ranks)
     p5 = _p5(toy, output, f"p5-{name}", engine=engine)
     with recording() as steps_of_p5:
         schedule.train(p5, ranks)

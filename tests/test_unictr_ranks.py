@@ -22,7 +22,7 @@ from tests.toy_unictr_run import (
     configured,
     write_toy,
 )
-from trainer import schedule
+from trainer import adding, schedule
 from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.dist
@@ -51,7 +51,7 @@ def on_ranks(toy: Path, output: Path, stages: tuple[int, ...]) -> dict[int, Any]
         with recording() as steps:
             summary = schedule.train(config, here())
             folder = RunFolder(config.folder)
-            added = schedule.add_domain(config, folder, "games", toy / "added", here())
+            added = adding.add_domain(config, folder, "games", toy / "added", here())
         found[stage] = summary, added, steps
     return found
 

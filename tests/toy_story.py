@@ -26,7 +26,7 @@ from tests.toy_run import (
     toy_config,
 )
 from tests.toy_source import toy_source
-from trainer import schedule
+from trainer import adding, schedule
 from trainer.config import RunConfig
 from trainer.evaluate import Predictions, evaluate, evaluate_run, predict
 from trainer.metrics import Scores
@@ -66,7 +66,8 @@ def _watched(found: list[str]) -> Iterator[None]:
         return adapter
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "adapt", adapt)
+        for room in (schedule, adding):
+            patch.setattr(room, "adapt", adapt)
         yield
 
 
@@ -103,7 +104,7 @@ def live(toy: Path, sets: Path, output: Path) -> Story:
 
     def add(domain: str, shards: Path, using: RunConfig = own_ids) -> dict[str, Any]:
         with _watched(watched):
-            return schedule.add_domain(using, folder, domain, shards, here())
+            return adding.add_domain(using, folder, domain, shards, here())
 
     def files(without: str = "") -> dict[str, str]:
         here().gather(None)

@@ -18,9 +18,9 @@ from launch.drilled import Death, Toll
 from tests.toy_run import Step, digests, here, recording, refused
 from tests.toy_source import toy_source
 from tests.toy_unictr_run import planted_rows, write_small_encoder
+from trainer import adding, schedule
 from trainer import config as run_files
 from trainer import sample as sampling
-from trainer import schedule
 from trainer.config import RunConfig
 from trainer.evaluate import Predictions, predict, zero_shot
 from trainer.log import RunLog
@@ -130,7 +130,7 @@ def live(toy: Path, output: Path, name: str, *overrides: str) -> Story:
     found["trained"] = _logits(config, toy / "shards")
     seen = _seen(config, toy / "shards")
     shot = zero_shot(config, folder, toy / "added", config.test, "games", ranks)
-    added = schedule.add_domain(config, folder, "games", toy / "added", ranks)
+    added = adding.add_domain(config, folder, "games", toy / "added", ranks)
     files |= {"added": _files(folder), "without games": _files(folder, "games")}
     found |= {"added": _logits(config, toy / "shards"), "games": _logits(config, toy / "added")}
     index = Index.load(toy / "shards")

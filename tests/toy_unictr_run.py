@@ -19,8 +19,8 @@ from launch.__main__ import main
 from tests.toy_encoder import write_tokenizer
 from tests.toy_run import Step, digests, here, recording, refused
 from tests.toy_source import toy_source
+from trainer import adding, schedule
 from trainer import config as run_files
-from trainer import schedule
 from trainer.adapt import adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.config import RunConfig
@@ -221,7 +221,7 @@ def live(toy: Path, output: Path) -> Story:
         schedule.train(cut, here())
     folder = RunFolder(config.folder)
     files, logits = {"trained": _files(folder)}, {"trained": _logits(config, toy)}
-    added = schedule.add_domain(config, folder, "games", toy / "added", here())
+    added = adding.add_domain(config, folder, "games", toy / "added", here())
     files |= {"added": _files(folder), "without games": _files(folder, "games")}
     logits["added"] = _logits(config, toy)
     games = adapters_at(folder.path)["games"]

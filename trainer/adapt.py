@@ -25,7 +25,7 @@ from trainer.model import Model, adapter_tensors, add_domain, trunk_alone
 from trainer.own_rows import Own, new_own
 from trainer.phase_state import restored, state_of, under
 from trainer.phases import AdaptConfig
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, together
 from trainer.saving import Saver
 from trainer.trunk import Trunk
 
@@ -50,7 +50,14 @@ class DomainRows:
 
 
 def rows_of(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
-    """Open one domain's rows, or say why it cannot have an adapter."""
+    """Open one domain's rows, or say why it cannot have an adapter: the same on every rank, so that
+    what one cannot read, none trains on. Collective."""
+    found: list[DomainRows] = []
+    together(trunk.ranks, f"rows of {domain}", lambda: found.append(_opened(trunk, shards, domain)))
+    return found[0]
+
+
+def _opened(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
     config = trunk.config.adapt
     train = trunk.loader(shards, config.rows, (domain,), shuffle=True)
     valid = trunk.loader(shards, config.validate, (domain,))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_shards.durable import flush
 from data_shards.errors import UserError, unknown
+from trainer.fence import fence
 from trainer.tensor_file import pieces, read_small, write_file
 
 FORMAT = 1
@@ -104,12 +105,13 @@ class AdapterStore:
         return tuple(sorted(unquote(home.name) for home in homes if _versions(home)))
 
     def remove(self, method: str, domain: str) -> None:
-        """Remove all versions of one domain; no other file is touched."""
+        """Remove all that is kept of one domain, unless it is adapted now; nothing else moves."""
         home = self._folder(method, domain, None).parent
-        # One rename takes it out of sight, so that a cut removal leaves no half adapter.
-        doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=self._root))
-        os.rename(home, doomed / home.name)
-        shutil.rmtree(doomed)
+        with fence(home, patience=1.0):
+            # One rename takes it out of sight, so that a cut removal leaves no half adapter.
+            doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=self._root))
+            os.rename(home, doomed / home.name)
+            shutil.rmtree(doomed)
 
     def digest(self, method: str, domain: str) -> str:
         """SHA-256 over the bytes of the newest version, by file name."""

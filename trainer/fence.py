@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -16,37 +18,44 @@ PATIENCE = 120.0  # seconds; a machine that is lost holds its locks on NFS for 9
 LOOK = 0.2
 WITHOUT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
-_held: list[TextIO] = []
 
-
-def fence(folder: Path, patience: float = PATIENCE) -> None:
-    """Keep other processes out until this one ends or turns to another folder; make the folder.
+@contextmanager
+def fence(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Keep other processes out meanwhile, or until this one is killed; make the folder.
 
     Waits for one that is about to end. LostError if it does not: another start may find it gone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    file = _taken(folder, patience)
+    try:
+        yield
+    finally:
+        file.close()
+
+
+def _taken(folder: Path, patience: float) -> TextIO:
     file = _opened(folder)
     deadline, said = time.monotonic() + patience, False
     while not _locked(file):
+        holder = _holder(file)
+        file.close()  # and opened anew: who has a lock whose file was deleted keeps nobody out
         if time.monotonic() > deadline:
             raise LostError(
-                f"{folder}: another process writes to it ({_holder(file)}); wait for it or stop "
-                f"it, or set another output; if its machine is gone for good, delete {file.name}"
+                f"{folder}: another process writes to it ({holder}); wait for it or stop it, or "
+                f"set another output; if its machine is gone for good, delete {folder / LOCK}"
             )
         if not said:
-            _say(f"{folder}: waiting {patience:g} s at most for another process ({_holder(file)})")
+            _say(f"{folder}: waiting {patience:g} s at most for another process ({holder})")
         said = True
         time.sleep(min(LOOK, patience))
-        file = _opened(folder)  # anew: who has a lock whose file was deleted keeps nobody out
+        file = _opened(folder)
     file.truncate(0)
     print(f"pid {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+    return file
 
 
 def _opened(folder: Path) -> TextIO:
-    while _held:
-        _held.pop().close()
-    _held.append((folder / LOCK).open("a+", encoding="utf-8"))
-    return _held[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / LOCK).open("a+", encoding="utf-8")
 
 
 def _locked(file: TextIO) -> bool:

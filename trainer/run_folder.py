@@ -1,21 +1,23 @@
 """A run's folder: what it was asked, what it learned, and everything needed to use that later.
 
 run.toml, metrics.jsonl, wandb/, teachers/ (their logits), checkpoints/, trunk/ (the shared part at
-its best), vocabulary/, adapting/<domain>/ (checkpoints of phase 2), summary.json, report.html,
-pictures/, adapters/<method>/<domain>/<version>/, added/<domain>.json.
+its best), vocabulary/, summary.json, report.html, pictures/, added/<domain>.json,
+adapters/<method>/<domain>/<version>/ and adapting/ beside them (a phase 2 that has not ended).
 """
 
 import json
 import shutil
 import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from data_shards import Index, Location, Schema, UserError, Vocabulary
-from data_shards.durable import flush
+from data_shards.durable import flush, write_whole
 from data_shards.errors import LostError
-from trainer.adapter_store import Adapter, AdapterStore, quoted
+from trainer.adapter_store import Adapter, AdapterStore
 from trainer.checkpoint import MANIFEST, STATE, Checkpoint, Snapshot, checked
 from trainer.config import RunConfig, dump, first_difference, from_dict
 from trainer.fence import PATIENCE, fence
@@ -24,7 +26,7 @@ from trainer.ranks import Ranks, together
 from trainer.saving import save
 from trainer.trunk import Trunk, copy_into, empty_trunk
 
-RUN_FILE, SUMMARY = "run.toml", "summary.json"
+RUN_FILE, SUMMARY, ADAPTING = "run.toml", "summary.json", "adapting"
 START = "start/"
 """Before the names of the tensors with which a domain's phase 2 begins."""
 
@@ -56,11 +58,10 @@ class RunFolder:
         self.adapters = AdapterStore(path / "adapters")
         self.pictures = path / "pictures"
 
-    def open(self, config: RunConfig, ranks: Ranks) -> None:
+    @contextmanager
+    def open(self, config: RunConfig, ranks: Ranks) -> Iterator[None]:
         """Start the folder, or continue one of the same run file; another one is refused, and so is
-        a folder to which another process writes."""
-
-        _keep_others_out(self.path, config, ranks)
+        a folder to which another process writes. Collective."""
 
         def act() -> None:
             existing = self.path / RUN_FILE
@@ -75,9 +76,11 @@ class RunFolder:
                         f"{self.path}: holds a run of another run file (they differ in {key}); "
                         "set another name or output, or delete the folder"
                     )
-            _write(existing, dump(config))
+            write_whole(existing, dump(config))
 
-        together(ranks, self.path, lambda: act() if ranks.first else None)
+        with _others_kept_out(self.path, config, ranks):
+            together(ranks, self.path, lambda: act() if ranks.first else None)
+            yield
 
     @classmethod
     def config(cls, path: Path) -> RunConfig:
@@ -174,43 +177,42 @@ class RunFolder:
         found = [self.adapters.load(method, domain, trunk=trunk_id) for domain in domains]
         return [adapter for adapter in found if adapter.kept]
 
-    def adapting(self, domain: str) -> Path:
-        """Where a domain's phase 2 keeps its state until its adapter is stored."""
-        return self.path / "adapting" / quoted(domain)
+    def has_adapter(self, domain: str, trunk: Trunk) -> bool:
+        """As the first rank sees it: a file system of many nodes may show it to some later."""
+        method, ranks = trunk.config.method.name, trunk.ranks
+        there = ranks.first and domain in self.adapters.domains(method)
+        return ranks.broadcast(there)
 
-    def begin_adding(self, domain: str, config: RunConfig, ranks: Ranks) -> None:
-        """One process at a time adds a domain, and only once; others may be added meanwhile."""
-        method = config.method.name
-        _keep_others_out(self.adapters.home(method, domain), config, ranks)
-        if ranks.broadcast(domain in self.adapters.domains(method)):
-            raise UserError(
-                f"domain {domain!r} has an adapter in {self.path} already; "
-                f"remove it first: remove-domain {self.path} {domain}"
-            )
+    def save_adapter(self, adapter: Adapter, ranks: Ranks) -> None:
+        """Store an adapter once, whatever the number of ranks. Collective."""
+        together(ranks, self.path, lambda: self.adapters.save(adapter) if ranks.first else None)
+
+    @contextmanager
+    def adapting(self, domain: str, config: RunConfig, ranks: Ranks) -> Iterator[Path]:
+        """The folder where a domain's phase 2 keeps its state; it is gone when all has ended well.
+
+        One process at a time adapts a domain; others may be adapted meanwhile. Collective.
+        """
+        home = self.adapters.home(config.method.name, domain)
+        with _others_kept_out(home, config, ranks):
+            yield home / ADAPTING
+            if ranks.first:
+                shutil.rmtree(home / ADAPTING, ignore_errors=True)
 
     def save_added(self, domain: str, values: dict[str, Any]) -> None:
         """What `add-domain` found."""
         folder = self.path / "added"
         folder.mkdir(exist_ok=True)
-        _write(folder / f"{quote(domain, safe='')}.json", json.dumps(values, indent=1) + "\n")
+        write_whole(folder / f"{quote(domain, safe='')}.json", json.dumps(values, indent=1) + "\n")
 
     def save_summary(self, values: dict[str, Any]) -> None:
-        _write(self.path / SUMMARY, json.dumps(values, indent=1) + "\n")
+        write_whole(self.path / SUMMARY, json.dumps(values, indent=1) + "\n")
 
 
-def _keep_others_out(path: Path, config: RunConfig, ranks: Ranks) -> None:
+@contextmanager
+def _others_kept_out(path: Path, config: RunConfig, ranks: Ranks) -> Iterator[None]:
     patience = min(PATIENCE, config.faults.timeout_seconds / 2)  # the other ranks wait meanwhile
-    together(ranks, path, lambda: fence(path, patience) if ranks.first else None)
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        flush(beside)
-        beside.replace(path)
-        flush(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with ExitStack() as held:
+        fenced = fence(path, patience)
+        together(ranks, path, lambda: held.enter_context(fenced) if ranks.first else None)
+        yield

@@ -1,25 +1,22 @@
-"""Whole runs: two phases for `train`, the second one alone for `add-domain`."""
+"""A whole run: two phases, and what its test rows say."""
 
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_shards import Index, Location
-from trainer.adapt import DomainRows, NoAdapterError, adapt, rows_of
+from trainer.adapt import NoAdapterError, adapt, rows_of
 from trainer.adapter_store import Adapter
 from trainer.align import align
 from trainer.config import RunConfig
-from trainer.evaluate import evaluate, predict
+from trainer.evaluate import evaluate
 from trainer.log import RunLog
 from trainer.machine import machine
 from trainer.model import trunk_alone, with_adapters
 from trainer.pictures import take_pictures
 from trainer.pretrain import Pretrained, pretrain
 from trainer.ranks import Ranks, together
-from trainer.report import added_table, final_table, sizes
+from trainer.report import final_table, sizes
 from trainer.run_folder import RunFolder
 from trainer.teachers import teach
 from trainer.trunk import Trunk, new_trunk
@@ -31,13 +28,13 @@ def train(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     index = Index.load(shards)
     index.require_schema(config.data.schema)
     folder = RunFolder(config.folder)
-    folder.open(config, ranks)
-    log = RunLog(ranks.first, folder.path, config.tracking, config.name)
-    try:
-        log.metrics("start", {"ranks": ranks.world, "device": ranks.device.type, **machine()})
-        return _train(config, ranks, index, folder, log)
-    finally:
-        log.close()
+    with folder.open(config, ranks):
+        log = RunLog(ranks.first, folder.path, config.tracking, config.name)
+        try:
+            log.metrics("start", {"ranks": ranks.world, "device": ranks.device.type, **machine()})
+            return _train(config, ranks, index, folder, log)
+        finally:
+            log.close()
 
 
 def _train(
@@ -122,30 +119,23 @@ def _adapt_all(
     log: RunLog,
 ) -> dict[str, str]:
     """Adapt each domain that has no adapter on this trunk yet; returns why others have none."""
-    method, ranks, skipped = trunk.config.method.name, trunk.ranks, {}
-    done = ranks.broadcast(folder.adapters.domains(method) if ranks.first else None)
+    config, ranks, skipped = trunk.config, trunk.ranks, {}
     for number, domain in enumerate(domains, 1):
-        if domain in done:
-            folder.adapters.load(method, domain, trunk=trunk_id)
-            _forget_steps(folder, domain, ranks)
+        if folder.has_adapter(domain, trunk):
+            with folder.adapting(domain, config, ranks):  # where a start was cut off, it ends here
+                folder.adapters.load(config.method.name, domain, trunk=trunk_id)
             continue
         log.say(f"adapt {domain} ({number} of {len(domains)})")
         try:
-            rows = _rows_of(trunk, shards, domain)
+            rows = rows_of(trunk, shards, domain)
         except NoAdapterError as error:
             skipped[domain] = str(error)
             log.say(f"adapt {domain}: no adapter: {error}")
             continue
-        adapter = adapt(trunk, trunk_id, rows, log, folder.adapting(domain))
-        save_adapter(folder, adapter, ranks)
+        with folder.adapting(domain, config, ranks) as steps:
+            if not folder.has_adapter(domain, trunk):  # an `add-domain` may have come first
+                folder.save_adapter(adapt(trunk, trunk_id, rows, log, steps), ranks)
     return skipped
-
-
-def _rows_of(trunk: Trunk, shards: Location, domain: str) -> DomainRows:
-    """As `rows_of`, the same on every rank: what one cannot read, none trains on. Collective."""
-    found: list[DomainRows] = []
-    together(trunk.ranks, f"rows of {domain}", lambda: found.append(rows_of(trunk, shards, domain)))
-    return found[0]
 
 
 def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: RunFolder) -> None:
@@ -173,101 +163,4 @@ def _save_one_phase(trunk: Trunk, pretrained: Pretrained, index: Index, folder: 
             kept=True,
             tensors=tensors,
         )
-        save_adapter(folder, adapter, trunk.ranks)
-
-
-def save_adapter(folder: RunFolder, adapter: Adapter, ranks: Ranks) -> None:
-    """Store an adapter once, whatever the number of ranks; what led to it is not needed then."""
-    together(ranks, folder.path, lambda: folder.adapters.save(adapter) if ranks.first else None)
-    _forget_steps(folder, adapter.domain, ranks)
-
-
-def _forget_steps(folder: RunFolder, domain: str, ranks: Ranks) -> None:
-    """Or a domain that is removed and added anew would go on from them."""
-    if ranks.first:
-        shutil.rmtree(folder.adapting(domain), ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What adding a domain must not move: digests, and other domains' predictions."""
-
-    trunk: str
-    adapters: dict[str, str]
-    logits: np.ndarray | None
-
-    def differences(self, after: "Witness") -> list[str]:
-        """Names of what moved; empty is the promise kept."""
-        moved = ["trunk"] if self.trunk != after.trunk else []
-        moved += [f"adapter of {d}" for d, h in self.adapters.items() if after.adapters[d] != h]
-        if self.logits is not None and after.logits is not None:
-            same = np.array_equal(self.logits.view(np.uint32), after.logits.view(np.uint32))
-            moved += [] if same else ["predictions"]
-        return moved
-
-
-def add_domain(
-    config: RunConfig,
-    folder: RunFolder,
-    domain: str,
-    shards: Location,
-    ranks: Ranks,
-    notes: Path | None = None,
-) -> dict[str, Any]:
-    """Phase 2 for one name on a finished run, and the proof that the others did not move.
-
-    With a folder for its notes (metrics, summary) it writes only the adapter into the run's own.
-    """
-    noted = RunFolder(notes or folder.path)
-    log = RunLog(ranks.first, noted.path, config.tracking, f"{config.name}-{domain}")
-    try:
-        trunk = folder.load_trunk(config, ranks)
-        rows = _rows_of(trunk, shards, domain)
-        folder.begin_adding(domain, config, ranks)
-        before = _witness(trunk, folder, domain)
-        adapter = adapt(trunk, before.trunk, rows, log, folder.adapting(domain))
-        save_adapter(folder, adapter, ranks)
-        moved = ranks.broadcast(before.differences(_witness(trunk, folder, domain)))
-        summary = _added_summary(trunk, folder, adapter, shards, moved)
-        log.metrics("add-domain", summary)
-        if ranks.first:
-            noted.save_added(domain, summary)
-        log.say(added_table(summary))
-        if moved:
-            raise RuntimeError(f"adding {domain} moved: {', '.join(moved)}; this is a defect")
-        return summary
-    finally:
-        log.close()
-
-
-def _added_summary(
-    trunk: Trunk, folder: RunFolder, adapter: Adapter, shards: Location, moved: list[str]
-) -> dict[str, Any]:
-    test = trunk.loader(shards, trunk.config.test, (adapter.domain,))
-    model = with_adapters(trunk, [adapter])
-    return {
-        "domain": adapter.domain,
-        "shared": evaluate(trunk_alone(trunk), test, trunk.ranks).to_dict(),
-        "adapted": evaluate(model, test, trunk.ranks).to_dict(),
-        "kept": adapter.kept,
-        "own_ids": {key: len(values) for key, values in adapter.vocabulary.items()},
-        "seconds": adapter.metrics["seconds"],
-        "others": len(folder.adapters.domains(adapter.method)) - 1,
-        "moved": moved,
-        "sizes": sizes(trunk, [adapter]),
-    }
-
-
-def _witness(trunk: Trunk, folder: RunFolder, domain: str) -> Witness:
-    """Digests of trunk and stored adapters; predictions of the trunk's domains but `domain`."""
-    method = trunk.config.method.name
-    trunk_id = trunk.fingerprint()
-    model = with_adapters(trunk, folder.kept_adapters(trunk, trunk_id))
-    stored = folder.adapters.domains(method)
-    digests = {domain: folder.adapters.digest(method, domain) for domain in stored}
-    rows = trunk.loader(trunk.config.data.shards, trunk.config.test)
-    found = predict(model, rows, trunk.ranks, "others' predictions")
-    if found is None:
-        return Witness(trunk_id, digests, None)
-    others = np.array([name != domain for name in found.domains])[found.domain]
-    return Witness(trunk_id, digests, found.logit[others])
+        folder.save_adapter(adapter, trunk.ranks)
