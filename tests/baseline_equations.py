@@ -135,7 +135,11 @@ def _star(method: MultiDomain, shared: Weights, w: Weights, x: Tensor, general: 
     count = _count(centre, "centre")
     for i in range(count):
         weight, bias = centre[f"centre{i}_weight"], centre[f"centre{i}_bias"]
-        if not general:
+        if not general and f"up{i}" in w:
+            weight = weight + sum(
+                torch.outer(b, a) for b, a in zip(w[f"up{i}"].T, w[f"down{i}"], strict=True)
+            )
+        elif not general:
             weight, bias = weight * w[f"star{i}_weight"], bias + w[f"star{i}_bias"]
         y = weight @ y + bias
         y = y if i == count - 1 else F.relu(y)
@@ -186,6 +190,7 @@ EQUATIONS: dict[str, Equation] = {
     "hmoe": _hmoe,
     "aesm2": _aesm2,
     "star": _star,
+    "star_low_rank": _star,
     "pepnet": _pepnet,
     "dffm": _dffm,
     "hinet": _hinet,

@@ -39,19 +39,23 @@ CONFIGS: dict[str, MultiDomainConfig] = {
         experts=5, expert=(6, 5), specific=2, common=1, auxiliary=0.1, layers=2, **SIZES
     ),
     "star": STARConfig(hidden=(6, 5), auxiliary=(3,), **SIZES),
+    "star_low_rank": STARConfig(
+        hidden=(6, 5), auxiliary=(3,), topology="low_rank", alpha=3, **SIZES
+    ),
     "pepnet": PEPNetConfig(hidden=(12, 9), gate=6, tower=(8,), dropout=0.0),
     "dffm": DFFMConfig(hidden=(6, 5), **SIZES),
     "hinet": HiNetConfig(experts=3, expert=(6, 5), others=2, **SIZES),
 }
+KINDS = {**BASELINES, "star_low_rank": BASELINES["star"]}
 EVERY = pytest.mark.parametrize("name", CONFIGS)
-BESIDE = ("aesm2", "star")  # what adds to the loss
+BESIDE = ("aesm2", "star", "star_low_rank")  # what adds to the loss
 STOPS = ("hmoe", "pepnet")  # what cuts gradients, as finite differences do not
 some_names = st.lists(st.sampled_from([*ABC, "unknown"]), min_size=1, max_size=12)
 
 
 def _fresh(name: str, domains: Sequence[str] = ABC) -> MultiDomain:
     torch.manual_seed(7)
-    method = BASELINES[name](INPUTS, CONFIGS[name], seed=1)
+    method = KINDS[name](INPUTS, CONFIGS[name], seed=1)
     for domain in domains:
         method.add_domain(domain, seed=1)
     return method.eval()
@@ -63,7 +67,7 @@ def _trained(name: str, domains: Sequence[str] = ABC) -> MultiDomain:
     stir(method.shared().values(), "shared")
     for domain in domains:
         stir(method.adapter(domain).values(), domain)
-    if name == "star":  # statistics of a likely size
+    if name.startswith("star"):  # statistics of a likely size
         for key, parameter in method.named_parameters():
             if key.endswith(("mean", "spread")):
                 parameter.data.mul_(0.02)
@@ -103,7 +107,7 @@ def _row_by_hand(name: str, method: MultiDomain, features: Features, row: int) -
 
 
 def test_every_baseline_has_its_equations_here() -> None:
-    assert EQUATIONS.keys() == BASELINES.keys() == CONFIGS.keys()
+    assert EQUATIONS.keys() == KINDS.keys() == CONFIGS.keys()
 
 
 @EVERY
@@ -258,7 +262,7 @@ def test_first_weights_do_not_depend_on_the_order_of_adding(name: str) -> None:
 def test_a_baseline_is_found_by_its_configs_name(name: str) -> None:
     parts = Parts(INPUTS, MLPConfig(), EncoderConfig(), seed=1)
     method = METHODS[CONFIGS[name].name](CONFIGS[name], parts)  # type: ignore[attr-defined]
-    assert type(method) is BASELINES[name]
+    assert type(method) is KINDS[name]
 
 
 @pytest.mark.parametrize(

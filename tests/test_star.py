@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import Inputs
-from models.multi_domain import BASELINES, MultiDomainConfig, STARConfig
+from models.multi_domain import MultiDomainConfig, STARConfig
 from models.multi_domain.star import EPSILON, SPEED, STAR, normalised, statistics
-from tests.test_multi_domain import CONFIGS
+from tests.test_multi_domain import CONFIGS, KINDS
 
 WIDE = 5
 
@@ -98,6 +98,10 @@ COUNTS = {
     "hmoe": (3 * X + 3 * X + TOWER, 3 * _mlp(X, 6, 5) + 2 * (3 * X + TOWER)),
     "aesm2": (5 * (X + 5) + TOWER, 5 * (_mlp(X, 6, 5) + _mlp(5, 6, 5)) + 5 * (X + 5)),
     "star": (_mlp(X, 6, 5, 4, 1) + 4 * X + 4, _mlp(X, 6, 5, 4, 1) + 2 * X + _mlp(X + 4, 3, 1)),
+    "star_low_rank": (
+        2 * (X + 6) + (6 + 5) + (5 + 4) + (4 + 1) + 4 * X + 4,
+        _mlp(X, 6, 5, 4, 1) + 2 * X + _mlp(X + 4, 3, 1),
+    ),
     "pepnet": (
         4,
         _mlp(X + 4, 6, X)
@@ -111,7 +115,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_baseline_has_as_many_weights_as_its_paper_says(name: str) -> None:
-    method: Any = BASELINES[name](Inputs(3, 4, 2), CONFIGS[name], seed=1)
+    method: Any = KINDS[name](Inputs(3, 4, 2), CONFIGS[name], seed=1)
     method.add_domain("a", seed=1)
     own = sum(tensor.numel() for tensor in method.adapter("a").values())
     general = sum(p.numel() for p in method.general.parameters())
@@ -121,7 +125,7 @@ def test_a_baseline_has_as_many_weights_as_its_paper_says(name: str) -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_first_weights_are_glorots(name: str) -> None:
     config: MultiDomainConfig = type(CONFIGS[name])()
-    method = BASELINES[name](Inputs(3, 8, 0), config, seed=1)
+    method = KINDS[name](Inputs(3, 8, 0), config, seed=1)
     matrices = [p for p in method.shared_parameters() if p.dim() >= 2 and p.numel() > 5000]
     assert len(matrices) >= (name == "shared_bottom") and config.dropout == 0.5
     for matrix in matrices:

@@ -25,6 +25,11 @@ class STARConfig(MultiDomainConfig):
     """Of the star topology, with `tower` on top of it."""
     auxiliary: tuple[int, ...] = (64,)
     """Hidden layers of the auxiliary network."""
+    topology: Literal["factors", "low_rank"] = "factors"
+    """What makes the centre a domain's own: STAR's factors, or MLoRA's matrices in their place
+    (STAR + MLoRA in that paper's Table 2, as `methods.md` reads it: no file of its code says)."""
+    alpha: int = 32
+    """Temperature of the latter: rank r = max(d_out / alpha, 1) of each layer (MLoRA, Eq. 10)."""
 
 
 class STAR(MultiDomain):
@@ -33,6 +38,7 @@ class STAR(MultiDomain):
     PN_t(x) = (gamma gamma_t) (x - mean_t) / sqrt(var_t + eps) + beta + beta_t (Eq. 3-4); a layer of
     FCN_t is relu((W * W_t) x + b + b_t) (Eq. 5-6). A domain's part: gamma_t, beta_t, mean_t, var_t,
     all W_t and b_t, and its embedding d_t. The general part has statistics and embedding alone.
+    With topology "low_rank" a layer is relu((W + B_t A_t) x + b), and A_t, B_t stand for W_t, b_t.
 
     The paper takes mean and variance of a batch of one domain, and remembers their moving average.
     A batch here is mixed, and no row may look at another (S2), so what is remembered serves in
@@ -51,11 +57,16 @@ class STAR(MultiDomain):
         self.begin(seed)
 
     def first(self, first: First) -> dict[str, Tensor]:
-        zeros = {f"star{i}_bias": torch.zeros(d) for i, d in enumerate(self.widths[1:])}
-        pairs = zip(self.widths, self.widths[1:], strict=False)
-        ones = {f"star{i}_weight": torch.ones(b, a) for i, (a, b) in enumerate(pairs)}
+        star = {}
+        for i, (a, b) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
+            if self.config.topology == "low_rank":
+                rank = max(b // self.config.alpha, 1)
+                star[f"down{i}"] = first.matrix(f"down{i}", a, rank)
+                star[f"up{i}"] = torch.zeros(b, rank)
+            else:
+                star |= {f"star{i}_weight": torch.ones(b, a), f"star{i}_bias": torch.zeros(b)}
         norm = {"gamma": torch.ones(self.width), "beta": torch.zeros(self.width)}
-        return {**norm, **ones, **zeros, **self.first_general(first)}
+        return {**norm, **star, **self.first_general(first)}
 
     def first_general(self, first: First) -> dict[str, Tensor]:
         statistics = {"mean": torch.zeros(self.width), "spread": torch.zeros(self.width)}
@@ -72,8 +83,13 @@ class STAR(MultiDomain):
         centre = self.centre(torch.zeros(1, dtype=torch.int64, device=rows.device))
         star = {"gamma": centre["gamma"] * w["gamma"], "beta": centre["beta"] + w["beta"]}
         for i in range(len(self.widths) - 1):
-            star[f"centre{i}_weight"] = centre[f"centre{i}_weight"] * w[f"star{i}_weight"]
-            star[f"centre{i}_bias"] = centre[f"centre{i}_bias"] + w[f"star{i}_bias"]
+            weight, bias = centre[f"centre{i}_weight"], centre[f"centre{i}_bias"]
+            if self.config.topology == "low_rank":
+                star[f"centre{i}_weight"] = weight + w[f"up{i}"] @ w[f"down{i}"]
+                star[f"centre{i}_bias"] = bias.expand(len(rows), -1)
+            else:
+                star[f"centre{i}_weight"] = weight * w[f"star{i}_weight"]
+                star[f"centre{i}_bias"] = bias + w[f"star{i}_bias"]
         return self._score(rows, star, w)
 
     def score_general(self, rows: Tensor, w: Weights) -> Tensor:
