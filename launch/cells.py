@@ -18,7 +18,7 @@ from typing import Any
 from data_shards import Index, Vocabulary
 from data_shards.durable import write_whole
 from launch.kinds import Work, data_of, digest
-from launch.measures import Cost, cost_of_adapter, cost_of_pretrain, latency_ms
+from launch.measures import Cost, cost_of_adapter, cost_of_shared, latency_ms
 from launch.progress import say
 from launch.write_shards import write
 from trainer.adapt import adapt, rows_of
@@ -144,7 +144,7 @@ def _train(at: SuiteFolder, work: Work) -> Found:
     trunk = folder.load_trunk(config, at.ranks)
     store, method, trunk_id = folder.adapters, config.method.name, trunk.fingerprint()
     adapters = [store.load(method, name, trunk=trunk_id) for name in store.domains(method)]
-    learned = cost_of_pretrain(trunk, folder.path / "metrics.jsonl", shards)
+    learned = cost_of_shared(trunk, folder.path / "metrics.jsonl", shards)
     # adapters that learned with the shared part have cost nothing more
     second = () if config.pretrain.one_phase else adapters
     adapted = sum((cost_of_adapter(trunk, one, shards) for one in second), learned)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from data_shards import Batch, Cursor, Location
+from data_shards import Batch, Cursor, Index, Location
 from trainer.adapter_store import Adapter
+from trainer.align import PHASE as ALIGN
 from trainer.log import lines_of
 from trainer.model import Model
+from trainer.teachers import phase_of
 from trainer.trunk import Trunk
 
 SIZES = (1, 32, 1024)
@@ -38,14 +40,21 @@ class Cost:
         return {"seconds": round(self.seconds, 3), "steps": self.steps, "rows_per_second": rate}
 
 
-def cost_of_pretrain(trunk: Trunk, metrics: Path, shards: Location) -> Cost:
-    """As the last evaluation of phase 1 noted it; none where the run had no such phase."""
-    steps = [
-        one for one in lines_of(metrics) if one.get("phase") == "pretrain" and "seconds" in one
-    ]
-    if not steps:
-        return Cost()
-    return _cost(steps[-1]["step"], steps[-1]["seconds"], trunk, shards, trunk.config.pretrain.rows)
+def cost_of_shared(trunk: Trunk, metrics: Path, shards: Location) -> Cost:
+    """Of teachers, CTRL's first stage and phase 1, as the last evaluation of each noted it; nothing
+    where a run had none of them."""
+    config = trunk.config
+    phases = {name: (config.pretrain.rows, None) for name in (ALIGN, "pretrain")}
+    if config.teacher:
+        domains = Index.load(shards).domains
+        phases |= {phase_of(domain): (config.teacher.rows, (domain,)) for domain in domains}
+    noted = {one["phase"]: one for one in lines_of(metrics) if one.keys() >= {"phase", "seconds"}}
+    costs = (
+        _cost(noted[name]["step"], noted[name]["seconds"], trunk, shards, *of)
+        for name, of in phases.items()
+        if name in noted
+    )
+    return sum(costs, Cost())
 
 
 def cost_of_adapter(trunk: Trunk, adapter: Adapter, shards: Location) -> Cost:

@@ -10,7 +10,6 @@ import pytest
 from data_shards import UserError
 from launch.__main__ import main
 from launch.comparison import Asked, Comparison
-from launch.measures import Cost, cost_of_pretrain
 from launch.suite import Plan
 from tests.gang import gang
 from tests.toy_suite import (
@@ -197,12 +196,6 @@ def test_a_cell_without_the_metric_keeps_no_other_from_the_table(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launch.comparison.code", lambda: "newer")
         assert "6 of 6 cells were filled by another version of the code" in comparison.printed()
-
-
-def test_half_a_line_of_a_killed_run_is_no_cost(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"phase": "pretrain", "sec{"phase": "adapt a"}\n')
-    trunk: Any = None  # which nobody looks at where phase 1 has noted nothing
-    assert cost_of_pretrain(trunk, tmp_path / "metrics.jsonl", "nowhere") == Cost()
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

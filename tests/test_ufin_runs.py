@@ -2,6 +2,8 @@
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from data_shards import Index, UserError
 from launch.__main__ import main
 from launch.drilled import Death
+from launch.measures import Cost, cost_of_shared
 from tests.gang import gang
 from tests.toy_ufin_run import (
     ADDED,
@@ -29,6 +32,7 @@ from tests.toy_ufin_run import (
 )
 from tests.toy_unictr_run import planted_rows
 from trainer import config as run_files
+from trainer.phases import PretrainConfig
 
 pytestmark = pytest.mark.dist
 FIELDS, PARTS = ("user", "item", "domain"), ("rows", "values")
@@ -55,6 +59,19 @@ def one(toy: Path, output: Path) -> Story:
 @pytest.fixture(scope="module")
 def two(toy: Path, output: Path, one: Story) -> list[Story]:
     return gang(2, live, toy, output, "two", "engine.zero_stage=3")
+
+
+def test_the_cost_of_the_shared_part_is_that_of_all_that_led_to_it(one: Story) -> None:
+    """Of the teachers too."""
+    led = one.steps[: len(one.steps) - one.adapting]
+    assert 0 < one.learned.steps == len(led) < len(one.steps)
+    assert one.learned.rows == pytest.approx(sum(len(step.row_ids) for step in led))
+
+
+def test_half_a_line_of_a_killed_run_is_no_cost(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "pretrain", "sec{"phase": "adapt a"}\n')
+    trunk: Any = SimpleNamespace(config=SimpleNamespace(teacher=None, pretrain=PretrainConfig()))
+    assert cost_of_shared(trunk, tmp_path / "metrics.jsonl", "nowhere") == Cost()
 
 
 def test_s6_two_ranks_learn_what_one_does(one: Story, two: list[Story]) -> None:

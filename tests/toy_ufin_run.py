@@ -15,6 +15,7 @@ from data_shards import Field, Index, write_shards
 from data_shards.reader import ShardReader
 from data_shards.sidecars import Sidecar
 from launch.drilled import Death, Toll
+from launch.measures import Cost, cost_of_shared
 from tests.toy_run import Step, digests, here, recording, refused
 from tests.toy_source import toy_source
 from tests.toy_unictr_run import planted_rows, write_small_encoder
@@ -38,7 +39,7 @@ FIELDS = (
 )
 SIZES = {"books": 150, "music": 80, "toys": 6}
 """All toys that validate are of one class, so they can have neither teacher nor adapter."""
-ADDED = {"games": 200}
+ADDED, KEPT = {"games": 200}, ("books", "music")
 SEEN = 7
 # dropout's bits differ from rank to rank
 TEACHER_NET = {"name": "eulernet", "orders": [3], "explicit_dropout": 0.0, "implicit_dropout": 0.0}
@@ -114,6 +115,9 @@ class Story:
     zero_shot: float | None
     shared: float | None
     seen: Sample | None
+    learned: Cost
+    adapting: int
+    """Steps of phase 2."""
 
 
 def live(toy: Path, output: Path, name: str, *overrides: str) -> Story:
@@ -126,6 +130,10 @@ def live(toy: Path, output: Path, name: str, *overrides: str) -> Story:
     with recording() as steps:
         schedule.train(config, ranks)
     folder = RunFolder(config.folder)
+    trunk = folder.load_trunk(config, ranks)
+    learned = cost_of_shared(trunk, folder.path / "metrics.jsonl", toy / "shards")
+    loaded = (folder.adapters.load("ufin", one, trunk=trunk.fingerprint()) for one in KEPT)
+    adapting = sum(int(str(adapter.metrics["steps"])) for adapter in loaded)
     files, found = {"trained": _files(folder)}, {"shared": _logits(config, toy / "shards", False)}
     found["trained"] = _logits(config, toy / "shards")
     seen = _seen(config, toy / "shards")
@@ -136,7 +144,9 @@ def live(toy: Path, output: Path, name: str, *overrides: str) -> Story:
     index = Index.load(toy / "shards")
     teacher = Sidecar.open(folder.teachers / "logits", index).columns[TEACHER].copy()
     adapters, shared = adapters_at(folder.path), added["shared"]["auc"]
-    return Story(steps, teacher, adapters, added, files, found, shot.auc, shared, seen)
+    return Story(
+        steps, teacher, adapters, added, files, found, shot.auc, shared, seen, learned, adapting
+    )
 
 
 def live_cut(toy: Path, output: Path, at: int) -> None:

@@ -47,6 +47,11 @@ def teach(config: RunConfig, ranks: Ranks, index: Index, folder: Path, log: RunL
     return sidecar
 
 
+def phase_of(domain: str) -> str:
+    """The name of the phase in which a domain's teacher learns."""
+    return f"teacher of {domain}"
+
+
 def _teach(
     config: RunConfig,
     teacher: TeacherConfig,
@@ -62,7 +67,7 @@ def _teach(
     if not any(ranks.gather(path.exists())):
         trunk = new_trunk(_alone(config, teacher), ranks, index)
         shards, domains = config.data.shards, (domain,)
-        pretrain(trunk, shards, home, log, domains=domains, name=f"teacher of {domain}")
+        pretrain(trunk, shards, home, log, domains=domains, name=phase_of(domain))
         rows = trunk.loader(shards, config.pretrain.rows, domains)
         found = predict(trunk_alone(trunk), rows, ranks, f"logits of {domain}'s teacher")
         together(ranks, folder, lambda: _save(path, found) if found is not None else None)
