@@ -9,6 +9,7 @@ import torch
 
 from data_shards import Index, UserError
 from tests.toy_text import cache_of, cache_text, columns_of, text_config
+from trainer.fence import fence
 
 OTHERS = {
     "encoder.max_tokens=19": "max_tokens",
@@ -104,3 +105,14 @@ def test_vectors_that_do_not_fit_into_their_type_are_refused(worded: Path) -> No
             parameter.mul_(1e6)
     with pytest.raises(UserError, match="text.dtype: float16 cannot hold .* 'title a b'; take"):
         cache.stored(["title a b"])
+
+
+def test_two_at_once_do_not_write_the_same_vectors(
+    worded: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder,) = copied.iterdir()
+    changes = (f"text.folder={copied}", "faults.timeout_seconds=0.4")
+    with fence(folder):
+        assert cache_text(worded, *changes) == 1
+    assert f"{folder.name}: another process writes to it (pid " in capsys.readouterr().err
+    assert cache_text(worded, *changes) == 0

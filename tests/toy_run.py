@@ -21,6 +21,7 @@ from data_shards import Field, Schema, SplitConfig, UserError, write_shards
 from tests.toy_source import toy_source
 from trainer import config as run_files
 from trainer.config import RunConfig
+from trainer.fence import LOCK
 from trainer.fit import Trainee
 from trainer.model import Sent
 from trainer.ranks import Ranks
@@ -179,12 +180,13 @@ def adapters_at(run: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def digests(run: Path, parts: tuple[str, ...], without: str = "") -> dict[str, str]:
-    """SHA-256 of each file in these parts of a run's folder, but those of the domain `without`."""
+    """SHA-256 of each file in these parts of a run's folder, but those of the domain `without` and
+    locks, which name a process."""
     paths = (path for part in parts for path in sorted((run / part).rglob("*")) if path.is_file())
     return {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in paths
-        if without not in path.parts
+        if without not in path.parts and path.name != LOCK
     }
 
 

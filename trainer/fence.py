@@ -1,4 +1,4 @@
-"""One process at a time writes to a run's folder."""
+"""One process at a time writes to a folder."""
 
 import errno
 import fcntl
@@ -7,11 +7,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from data_shards.errors import LostError
+from trainer.ranks import FaultsConfig, Ranks, together
 
 LOCK = ".lock"
 PATIENCE = 120.0  # seconds; a machine that is lost holds its locks on NFS for 90 more
@@ -30,6 +31,16 @@ def fence(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         yield
     finally:
         file.close()
+
+
+@contextmanager
+def others_kept_out(folder: Path, faults: FaultsConfig, ranks: Ranks) -> Iterator[None]:
+    """The first rank's `fence`, for all of them. Collective."""
+    patience = min(PATIENCE, faults.timeout_seconds / 2)  # the other ranks wait meanwhile
+    with ExitStack() as held:
+        fenced = fence(folder, patience)
+        together(ranks, folder, lambda: held.enter_context(fenced) if ranks.first else None)
+        yield
 
 
 def _taken(folder: Path, patience: float) -> TextIO:

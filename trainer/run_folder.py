@@ -9,7 +9,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -20,7 +20,7 @@ from data_shards.errors import LostError
 from trainer.adapter_store import Adapter, AdapterStore
 from trainer.checkpoint import MANIFEST, STATE, Checkpoint, Snapshot, checked
 from trainer.config import RunConfig, dump, first_difference, from_dict
-from trainer.fence import PATIENCE, fence
+from trainer.fence import others_kept_out
 from trainer.prompting import prompter_of, require_same_prompts
 from trainer.ranks import Ranks, together
 from trainer.saving import save
@@ -78,7 +78,7 @@ class RunFolder:
                     )
             write_whole(existing, dump(config))
 
-        with _others_kept_out(self.path, config, ranks):
+        with others_kept_out(self.path, config.faults, ranks):
             together(ranks, self.path, lambda: act() if ranks.first else None)
             yield
 
@@ -194,7 +194,7 @@ class RunFolder:
         One process at a time adapts a domain; others may be adapted meanwhile. Collective.
         """
         home = self.adapters.home(config.method.name, domain)
-        with _others_kept_out(home, config, ranks):
+        with others_kept_out(home, config.faults, ranks):
             yield home / ADAPTING
             if ranks.first:
                 shutil.rmtree(home / ADAPTING, ignore_errors=True)
@@ -207,12 +207,3 @@ class RunFolder:
 
     def save_summary(self, values: dict[str, Any]) -> None:
         write_whole(self.path / SUMMARY, json.dumps(values, indent=1) + "\n")
-
-
-@contextmanager
-def _others_kept_out(path: Path, config: RunConfig, ranks: Ranks) -> Iterator[None]:
-    patience = min(PATIENCE, config.faults.timeout_seconds / 2)  # the other ranks wait meanwhile
-    with ExitStack() as held:
-        fenced = fence(path, patience)
-        together(ranks, path, lambda: held.enter_context(fenced) if ranks.first else None)
-        yield

@@ -21,6 +21,7 @@ from data_shards.text_ids import write_text_ids
 from data_shards.text_vectors import TextVectors, VectorWriter
 from data_shards.texts import TextTable
 from trainer.config import RunConfig
+from trainer.fence import others_kept_out
 from trainer.log import Progress
 from trainer.ranks import Ranks, together
 from trainer.text_cache import FILE, TextCache
@@ -44,7 +45,8 @@ class Built:
 
 
 def build(config: RunConfig, shards: Location, ranks: Ranks, say: Callable[[str], None]) -> Built:
-    """Encode all texts of a shard set, by all ranks together; those that are there are kept."""
+    """Encode all texts of a shard set, by all ranks together; those that are there are kept.
+    LostError where another process writes to their folder, and goes on to."""
     if config.text is None:
         raise UserError(
             "text: the run file has no such section; add [text], and [text.prompt] to word the rows"
@@ -54,12 +56,13 @@ def build(config: RunConfig, shards: Location, ranks: Ranks, say: Callable[[str]
     cache = TextCache(config.text, config.encoder, ranks.device)
     parts = config.text.parts_of(index.schema)
     built = Built(cache.folder(index), index.rows)
-    together(ranks, built.folder, lambda: _begin(cache, index) if ranks.first else None)
-    for name, prompt in parts.items():
-        part = _Part(built.folder / name, cache, ranks)
-        part.render(index, shards, prompt, say)
-        built.texts[name], encoded, taken = part.encode(say)
-        built.encoded, built.taken = built.encoded + encoded, built.taken + taken
+    with others_kept_out(built.folder, config.faults, ranks):
+        together(ranks, built.folder, lambda: _begin(cache, index) if ranks.first else None)
+        for name, prompt in parts.items():
+            part = _Part(built.folder / name, cache, ranks)
+            part.render(index, shards, prompt, say)
+            built.texts[name], encoded, taken = part.encode(say)
+            built.encoded, built.taken = built.encoded + encoded, built.taken + taken
     built.cut = sum(ranks.gather(cache.encoder.cut))
     built.bytes = sum(path.stat().st_size for path in built.folder.rglob("*") if path.is_file())
     built.seconds = time.monotonic() - began
