@@ -3,9 +3,11 @@
 # Arrow makes its compute functions when it is imported, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +27,7 @@ _TYPES = {
     "text": pa.string(),
     "tokens": pa.list_(pa.int32()),
 }
+T = TypeVar("T")
 _LEAST = 20  # bytes of a row: those of `_ROW`
 
 
@@ -54,16 +57,29 @@ class ShardReader:
 
         CorruptBlockError where its bytes are not those that were written.
         """
-        data = self._bytes(block)
-        if self.verify:
-            self.check(block, data)
-        return self.parse(block, data, trusted=self.verify)
+        return self._again(block, self._read)
 
     def stored(self, block: Block) -> Stored:
         """The `batch_columns` of a block, in the memory that its bytes were read to.
 
         CorruptBlockError where its bytes are not those that were written.
         """
+        return self._again(block, self._stored)
+
+    def _again(self, block: Block, read: Callable[[Block], T]) -> T:
+        """What cannot be read is read once more: the way here may have spoiled it, not the disk."""
+        try:
+            return read(block)
+        except CorruptBlockError:
+            return read(block)
+
+    def _read(self, block: Block) -> pa.Table:
+        data = self._bytes(block)
+        if self.verify:
+            self.check(block, data)
+        return self.parse(block, data, trusted=self.verify)
+
+    def _stored(self, block: Block) -> Stored:
         data = self._bytes(block)
         self.check(block, data)
         found = self._layouts.find(data, block.rows)

@@ -277,6 +277,9 @@ def _facts(record: Record) -> dict[str, str]:
     skipped = (record.summary or {}).get("bad_steps", {})
     if skipped:
         facts["steps skipped"] = ", ".join(f"{phase}: {n}" for phase, n in skipped.items())
+    corrupt = (record.summary or {}).get("corrupt_rows", {})
+    if corrupt:
+        facts["corrupt rows left out"] = ", ".join(f"{p}: {n:,}" for p, n in corrupt.items())
     return facts
 
 

@@ -54,6 +54,7 @@ def write_run(folder: Path, domains: tuple[str, ...], steps: int = 3) -> Path:
         "kept": list(domains[1:]),
         "skipped": {},
         "bad_steps": {},
+        "corrupt_rows": {},
         "sizes": sizes,
     }
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -20,7 +20,6 @@ from trainer.engine import Engine
 from trainer.evaluate import evaluate
 from trainer.fit import Position, Trainee, fit, trainee_of
 from trainer.log import RunLog
-from trainer.metrics import Scores
 from trainer.model import Model, adapter_tensors, add_domain, trunk_alone
 from trainer.own_rows import Own, new_own
 from trainer.phase_state import restored, state_of, under
@@ -139,11 +138,8 @@ def _learn(
     config, ranks, engine = trunk.config, trunk.ranks, trainee.engine
     phase, name = config.adapt, f"adapt {rows.domain}"
 
-    def scores() -> Scores:
-        return evaluate(trainee.model, rows.valid, ranks)
-
     if folder is None or not phase.checkpoint_every:
-        fit(trainee, rows.train, phase, position, scores, best.save, log, name)
+        fit(trainee, rows.train, rows.valid, phase, position, best.save, log, name)
         return position
     found = newest(folder, ranks, log.say)
     if found is not None:
@@ -157,7 +153,7 @@ def _learn(
             best.save(is_best)
             saver.save(position.steps, state_of(engine, position, facts, best.tensors()))
 
-        fit(trainee, rows.train, phase, position, scores, save, log, name)
+        fit(trainee, rows.train, rows.valid, phase, position, save, log, name)
     return position
 
 

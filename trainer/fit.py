@@ -15,9 +15,9 @@ from trainer import exporter, heartbeat, preemption
 from trainer.bad_steps import BadStepError, Cut, bad_rows, listed
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine, finite
+from trainer.evaluate import evaluate
 from trainer.log import Progress, RunLog
 from trainer.meter import Meter
-from trainer.metrics import Scores
 from trainer.model import Model, Sent
 from trainer.own_rows import Own, embedder_of
 from trainer.phases import PhaseConfig
@@ -131,14 +131,15 @@ def trainee_of(
 def fit(
     trainee: Trainee,
     train: Loader,
+    valid: Loader,
     phase: PhaseConfig,
     position: Position,
-    evaluate: Callable[[], Scores],
     save: Callable[[bool], None],
     log: RunLog,
     name: str,
 ) -> None:
-    """Train from `position` until early stopping or `max_epochs`; `position` moves along.
+    """Train from `position` until early stopping or `max_epochs`, which scores on `valid` decide;
+    `position` moves along.
 
     `save(is_best)` is called after each evaluation and every `checkpoint_every` steps.
     """
@@ -150,7 +151,7 @@ def fit(
         kept = position.steps
 
     try:
-        _fit(trainee, train, phase, position, evaluate, keep, log, name)
+        _fit(trainee, train, valid, phase, position, keep, log, name)
     except PreemptedError:
         if position.steps != kept:
             save(False)
@@ -163,9 +164,9 @@ def fit(
 def _fit(
     trainee: Trainee,
     train: Loader,
+    valid: Loader,
     phase: PhaseConfig,
     position: Position,
-    evaluate: Callable[[], Scores],
     save: Callable[[bool], None],
     log: RunLog,
     name: str,
@@ -173,7 +174,7 @@ def _fit(
     slots = trainee.model.slots(train).to(trainee.ranks.device)
     meter = Meter(trainee.ranks, trainee.diagnose, log, name, position.seconds)
     if position.due:
-        _evaluate(trainee, phase, position, evaluate, save, meter)
+        _evaluate(trainee, train, valid, phase, position, save, meter)
     while position.cursor.epoch < phase.max_epochs and not position.stopping.ended:
         epoch, steps = position.cursor.epoch, train.steps(position.cursor.epoch)
         progress = Progress(f"{name} epoch {epoch + 1}", train.total_rows, "rows", log.speaks)
@@ -200,7 +201,7 @@ def _fit(
             position.due = ends or (every > 0 and position.steps % every == 0)
             if position.due:
                 position.cursor = Cursor(epoch + 1, 0) if ends else position.cursor
-                _evaluate(trainee, phase, position, evaluate, save, meter)
+                _evaluate(trainee, train, valid, phase, position, save, meter)
                 began = time.monotonic()
                 if position.stopping.ended:
                     return
@@ -236,9 +237,10 @@ def _bad_step(
 
 def _evaluate(
     trainee: Trainee,
+    train: Loader,
+    valid: Loader,
     phase: PhaseConfig,
     position: Position,
-    evaluate: Callable[[], Scores],
     save: Callable[[bool], None],
     meter: Meter,
 ) -> None:
@@ -246,7 +248,8 @@ def _evaluate(
     pace = meter.since_last(position.steps, position.seconds)
     heartbeat.at(f"{name}, evaluation after step {position.steps}")
     trainee.engine.train(False)
-    scores = evaluate()
+    scores = evaluate(trainee.model, valid, trainee.ranks)
+    log.left_out(name, position.steps, trainee.ranks, train, valid)
     trainee.engine.train(True)
     position.due = False
     value = scores.metric(phase.metric)

@@ -14,10 +14,11 @@ from typing import Any, TextIO
 import wandb
 from wandb.errors import AuthenticationError, UsageError
 
-from data_shards import UserError
+from data_shards import Loader, UserError
 from data_shards.errors import LostError
 from trainer import exporter
 from trainer.config import TrackingConfig
+from trainer.ranks import Ranks
 
 UPLOAD = 300.0
 """Seconds that a run's end waits for wandb; what is not there by then `wandb sync` sends later."""
@@ -50,6 +51,7 @@ class RunLog:
         self.speaks = speaks
         self._file: TextIO | None = None
         self._wandb = None
+        self._left_out: set[tuple[Any, ...]] = set()
         if not speaks:
             return
         exporter.serve()
@@ -102,6 +104,32 @@ class RunLog:
         # a step is taken again, and skipped again, after a restart
         skipped = {(line["phase"], line["step"]) for line in lines if "bad_rows" in line}
         return dict(Counter(phase for phase, _ in sorted(skipped)))
+
+    def left_out(self, phase: str, step: int, ranks: Ranks, *loaders: Loader) -> None:
+        """A line for corrupt blocks that loaders of any rank have left out since the line before.
+        Collective."""
+        mine = {(one.shard, one.member, one.rows) for read in loaders for one in read.skipped}
+        found = {(phase, *one) for rank in ranks.gather(mine) for one in rank} - self._left_out
+        self._left_out |= found
+        if found:
+            keys = ("shard", "member", "rows")
+            blocks = [dict(zip(keys, one, strict=True)) for _, *one in sorted(found)]
+            self.metrics(phase, {"step": step, "corrupt": blocks})
+
+    def corrupt_rows(self) -> dict[str, int]:
+        """How many rows of each phase were left out as corrupt, in all starts of the run together;
+        a row counts once, however often it was to be read."""
+        if not self.speaks:
+            return {}
+        blocks = {
+            (line["phase"], block["shard"], block["member"]): block["rows"]
+            for line in lines_of(self._path)
+            for block in line.get("corrupt", ())
+        }
+        rows: Counter[str] = Counter()
+        for (phase, *_), count in sorted(blocks.items()):
+            rows[phase] += count
+        return dict(rows)
 
     def pictures(self, files: Sequence[Path]) -> None:
         """These PNG files go to wandb, each by its own name."""

@@ -12,7 +12,6 @@ from trainer import preemption
 from trainer.checkpoint import Checkpoint, checked, newest
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
-from trainer.evaluate import evaluate
 from trainer.fit import Position, fit, trainee_of
 from trainer.log import RunLog
 from trainer.metrics import METRICS
@@ -62,7 +61,7 @@ def pretrain(
             method.add_domain(domain, config.seed)
         trained = [*method.shared_parameters(), *method.adapter_parameters()]
     trainee = trainee_of(trunk, method, trained, phase)
-    model, engine = trainee.model, trainee.engine
+    engine = trainee.engine
     position = Position(EarlyStopping(phase.metric, phase.patience))
     data = [index.fingerprint for index in train.indexes]
     found = newest(folder, ranks, log.say)
@@ -77,16 +76,7 @@ def pretrain(
             state = state_of(engine, position, facts)
             saver.save(position.steps, state, position.stopping.best_step)
 
-        fit(
-            trainee,
-            train,
-            phase,
-            position,
-            lambda: evaluate(model, valid, ranks),
-            save,
-            log,
-            name,
-        )
+        fit(trainee, train, valid, phase, position, save, log, name)
     if position.stopping.best_step >= 0:
         _resume(_best(folder / step_name(position.stopping.best_step), ranks), trunk, engine, data)
     trunk.dense = _dense(method, engine)

@@ -24,7 +24,7 @@ def final_table(summary: dict[str, Any]) -> str:
     """Per domain: rows, AUC and log loss of the shared part and with its adapter."""
     shared, adapted = summary["shared"], summary["adapted"]
     if adapted is None:
-        return f"{shared_table(shared)}\n{size_line(summary['sizes'])}"
+        return "\n".join([shared_table(shared), *_notes(summary)])
     kept = set(summary["kept"])
     after = {score["domain"]: score for score in adapted["domains"]}
     rows = [
@@ -42,8 +42,13 @@ def final_table(summary: dict[str, Any]) -> str:
         f"{len(kept)} of {len(rows)} adapters beat the shared part on validation rows",
     ]
     lines += [f"no adapter: {reason}" for reason in summary["skipped"].values()]
-    lines.append(size_line(summary["sizes"]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes(summary)])
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    lost = summary["corrupt_rows"].items()
+    left_out = [f"corrupt, and left out: {rows:,} rows of {phase}" for phase, rows in lost]
+    return [*left_out, size_line(summary["sizes"])]
 
 
 def shared_table(shared: dict[str, Any]) -> str:

@@ -65,6 +65,7 @@ def _train(
     adapted = base if kept or "adapt" in config.phases else None
     if kept:
         adapted = evaluate(with_adapters(trunk, kept), test, ranks, "test, with adapters")
+    log.left_out("test", 0, ranks, test)
     summary = {
         "trunk": trunk_id,
         "pretrain_seconds": round(seconds, 3),
@@ -73,6 +74,7 @@ def _train(
         "kept": [adapter.domain for adapter in kept],
         "skipped": skipped,
         "bad_steps": log.bad_steps(),
+        "corrupt_rows": log.corrupt_rows(),
         "sizes": sizes(trunk, kept),
     }
     if ranks.first:
