@@ -114,6 +114,20 @@ class Ledger:
         Trainee.step = step
 
 
+def keep_ledgers(folder: Path) -> None:
+    """Of each group that this process joins, or one that is forked of it."""
+    from trainer import ranks
+
+    join = ranks.start
+
+    def start(faults: ranks.FaultsConfig | None = None) -> ranks.Ranks:
+        group = join(faults)
+        Ledger(folder, group.broadcast(time.time_ns()), group.rank).keep()
+        return group
+
+    ranks.start = start
+
+
 def main() -> int:
     folder, rank = Path(os.environ[FOLDER]), int(os.environ["RANK"])
     deaths = [Death(**death) for death in json.loads((folder / PLAN).read_text(encoding="utf-8"))]
@@ -129,17 +143,9 @@ def main() -> int:
     toll = Toll(death if mine else None, last_words)
     toll.watch()
     from launch.__main__ import main as verb
-    from trainer import ranks
 
     toll.listen()
-    join = ranks.start
-
-    def start(faults: ranks.FaultsConfig | None = None) -> ranks.Ranks:
-        group = join(faults)
-        Ledger(folder / LEDGER, group.broadcast(time.time_ns()), group.rank).keep()
-        return group
-
-    ranks.start = start
+    keep_ledgers(folder / LEDGER)
     status = verb(sys.argv[1:])
     (folder / COUNTS).with_suffix(f".{rank}").write_text(json.dumps(toll.counts), encoding="utf-8")
     return status
