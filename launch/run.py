@@ -13,17 +13,15 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import tempfile
-import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_shards import UserError
 from data_shards.errors import LostError
+from launch.nodes import Nodes, apart, require_rendezvous, waiting
 from launch.progress import say
 from launch.tie import leave_with
 from trainer.preemption import SAVED, STATUS, tell
@@ -54,38 +52,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """How many there may be."""
-
-    least: int
-    most: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Nodes":
-        least, _, most = text.partition(":")
-        try:
-            nodes = cls(int(least), int(most or least))
-        except ValueError:
-            nodes = cls(0, 0)
-        if not 0 < nodes.least <= nodes.most:
-            raise UserError(f"--nodes {text}: give a number such as 4, or a range such as 2:4")
-        return nodes
-
-    @property
-    def counts(self) -> range:
-        return range(self.least, self.most + 1)
-
-    @property
-    def elastic(self) -> bool:
-        return self.least < self.most
-
-
 def run(args: argparse.Namespace) -> None:
     _set_environment()
     nodes = Nodes.parse(args.nodes)
     if nodes.most > 1:  # before seconds of imports
-        _require_rendezvous(args, nodes)
+        require_rendezvous(args, nodes)
     from trainer import config as run_files
 
     config = run_files.load(args.run_file, args.overrides)
@@ -105,50 +76,6 @@ def _set_environment() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are of names and retries
-
-
-def _require_rendezvous(args: argparse.Namespace, nodes: Nodes) -> None:
-    if not args.host:
-        raise UserError(
-            f"--nodes {args.nodes}: no node to meet at; give the first node's name or address to "
-            "each node, as --host (PET_MASTER_ADDR in a pod)"
-        )
-    if not 0 <= args.node_rank < nodes.most:
-        raise UserError(
-            f"--node-rank {args.node_rank}: of {nodes.most} nodes the ranks are 0 to "
-            f"{nodes.most - 1}, one each"
-        )
-    if args.node_rank == 0 and not nodes.elastic:
-        _require_free(args.port)
-    _await_name(args.host, args.port, args.patience)
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"port {port} of this node cannot be had ({error.strerror}): another program or "
-                "an earlier start of this one has it; end that, or give all nodes another --port"
-            ) from None
-
-
-def _await_name(host: str, port: int, patience: float) -> None:
-    """A pod's name is there only when the pod is."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            socket.getaddrinfo(host, port)
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LostError(
-                    f"--host {host}: no such host after {patience:g} s ({error.strerror}); give "
-                    "the name or address by which this node reaches the first one"
-                ) from None
-        time.sleep(min(1.0, patience))
 
 
 def _ranks(asked: str, nodes: Nodes, reading: Any) -> int:
@@ -206,7 +133,7 @@ def _launch(args: argparse.Namespace, nodes: Nodes, ranks: int, name: str, verb:
             run_id=name,
             rdzv_backend="static" if fixed else "c10d",
             rdzv_endpoint=f"{args.host}:{args.port}" if nodes.most > 1 else "127.0.0.1:0",
-            rdzv_configs={"timeout": args.patience} | ({"rank": args.node_rank} if fixed else {}),
+            rdzv_configs=waiting(args.patience, args.node_rank if fixed else None),
             max_restarts=args.max_restarts,
             start_method="fork",
             log_line_prefix_template=" ",  # none at all would be torch's own
@@ -219,10 +146,9 @@ def _launch(args: argparse.Namespace, nodes: Nodes, ranks: int, name: str, verb:
         except SignalException as error:
             status = _agreed(Path(logs), ranks, 128 + error.sigval)
         except (RendezvousError, dist.DistError) as error:
+            had_met = any(Path(logs).glob("*/attempt_*"))
             raise LostError(
-                f"{args.host}:{args.port}: the nodes did not meet within {args.patience:g} s "
-                f"({str(error).splitlines()[0]}); look whether all {args.nodes} were started, and "
-                "whether this port is open between them"
+                f"{args.host}:{args.port}: {apart(error, nodes, args.patience, had_met)}"
             ) from None
         else:
             return

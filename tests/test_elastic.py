@@ -98,3 +98,10 @@ def test_a_run_goes_on_without_a_node_that_is_lost(toy: Path, tmp_path: Path) ->
     assert found[0] == wanted[0], "each step has the rows that one rank alone would have read"
     again = [at for start, at in found[1] if start == max(found[1])[0]]
     assert len(again) == len(wanted[0]) - SAVED, "no step before the checkpoint was taken again"
+
+
+def test_a_lost_first_node_is_not_taken_for_one_that_never_came(toy: Path, tmp_path: Path) -> None:
+    with _nodes(toy, tmp_path, lost=(True, False)) as (goes, stays):
+        assert (goes.end(), stays.end()) == (-9, 1), stays.told()
+    assert "the nodes had met, but the first one, by which they find each other" in stays.told()
+    assert "did not meet" not in stays.told()

@@ -7,12 +7,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 
 from data_shards import Reading
 from launch.__main__ import main
-from launch.run import Nodes, _agreed, _ranks, _set_environment
+from launch.nodes import Nodes
+from launch.run import _agreed, _ranks, _set_environment
 from tests.gang import _CONTEXT
 from trainer import preemption
 
@@ -58,10 +66,66 @@ def test_a_host_that_is_not_there_yet_is_worth_another_start(
     assert "no such host after 0 s" in capsys.readouterr().err
 
 
-def test_nodes_that_do_not_meet_are_told(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = "--nodes 2 --host localhost --node-rank 0 --patience 2 --ranks 1 --port 29417"
-    assert main(["run", str(toy / "run.toml"), *given.split()]) == 1, "another start may do better"
-    assert "localhost:29417: the nodes did not meet within 2 s" in capsys.readouterr().err
+# 192.0.2.1 is nobody's: a first node whose machine is not there yet.
+APART = {
+    "--nodes 2 --host localhost": "localhost:29417: the nodes did not meet within 2 s",
+    "--nodes 2:4 --host localhost": "(RendezvousTimeoutError); look whether all 2:4 were started",
+    "--nodes 2 --host 192.0.2.1 --node-rank 1 --max-restarts 1": "did not meet within 2 s (The con",
+}
+
+
+TWELVE = ("--set", "reading.lanes=12", "--set", "reading.global_batch=48")
+
+
+@pytest.mark.timeout(50)  # torch's own patience is 60 s or more
+@pytest.mark.parametrize("given", APART)
+def test_nodes_that_do_not_meet_are_told_when_patience_ends(
+    given: str, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given += " --patience 2 --ranks 1 --port 29417"
+    assert main(["run", str(toy / "run.toml"), *TWELVE, *given.split()]) == 1
+    told = capsys.readouterr().err
+    assert APART[given.split(" --patience")[0]] in told
+
+
+# What torch raises, whether ranks were started before, and what is said of it.
+LATER = [
+    (
+        RendezvousConnectionError("The connection"),
+        False,
+        "did not meet within 9 s (The connection)",
+    ),
+    (RendezvousTimeoutError(), False, "did not meet within 9 s (RendezvousTimeoutError)"),
+    (RendezvousConnectionError("The connection"), True, "had met, but the first one, by which"),
+    (DistNetworkError("reset"), True, "had met, but the first one, by which they find each other"),
+    (RendezvousTimeoutError(), True, "but after a loss fewer than 2 of them met again within 9 s"),
+    (RendezvousClosedError(), True, "the run has ended on the other nodes, or was given up there"),
+    (RendezvousClosedError(), False, "the run has ended on the other nodes, or was given up there"),
+]
+
+
+@pytest.mark.parametrize(("error", "met", "wanted"), LATER)
+def test_nodes_that_had_met_are_told_apart_from_those_that_did_not(
+    error: Exception,
+    met: bool,
+    wanted: str,
+    toy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def launched(config: Any, _: Any) -> Any:
+        def start(*args: Any) -> None:
+            if met:
+                (Path(config.logs_specs.root_log_dir) / "toy" / "attempt_0").mkdir(parents=True)
+            raise error
+
+        return start
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launched)
+    given = "--nodes 2:4 --host localhost --patience 9 --ranks 1 --max-restarts 1"
+    assert main(["run", str(toy / "run.toml"), *TWELVE, *given.split()]) == 1
+    told = capsys.readouterr().err
+    assert "error: localhost:29400: " in told and wanted in told and told.count("\n") == 1
 
 
 def test_ranks_of_a_machine_divide_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
