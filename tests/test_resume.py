@@ -184,14 +184,15 @@ def _restart(toy: Path, output: Path) -> dict[str, str]:
         _run(toy, output, *mine)
     said["run file"] = other("tables.lr=0.5")
     taught = RunFolder(output / "taught")
-    taught.open(toy_config(toy, output, "name=taught"), here())
-    taught.teachers.mkdir()
+    with taught.open(toy_config(toy, output, "name=taught"), here()):
+        taught.teachers.mkdir()
     changed = toy_config(toy, output, "name=taught", "tables.lr=0.5")
-    said["taught"] = refused(lambda: taught.open(changed, here()))
+    said["taught"] = refused(lambda: taught.open(changed, here()).__enter__())
     moved = RunFolder(taught.path.rename(output / "moved"))
-    free = toy_config(toy, output, "name=moved", "engine.zero_stage=3", "engine.bad_steps=skip")
-    moved.open(free, here())
-    assert RunFolder.config(moved.path) == free, "what may change is taken over"
+    changes = ("engine.zero_stage=3", "engine.bad_steps=skip", "reading.corrupt=skip")
+    free = toy_config(toy, output, "name=moved", *changes)
+    with moved.open(free, here()):
+        assert RunFolder.config(moved.path) == free, "what may change is taken over"
     shutil.rmtree(shards)
     write_shards(toy_source(planted_rows(SIZES, seed=9)), SCHEMA, SPLIT, shards)
     return said | {"shards": other()}

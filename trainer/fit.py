@@ -147,6 +147,8 @@ def fit(
 
     def keep(best: bool) -> None:
         nonlocal kept
+        # before the state is saved: what goes on from it does not meet these blocks again
+        log.left_out(name, position.steps, trainee.ranks, train, valid)
         save(best)
         kept = position.steps
 
@@ -154,7 +156,7 @@ def fit(
         _fit(trainee, train, valid, phase, position, keep, log, name)
     except PreemptedError:
         if position.steps != kept:
-            save(False)
+            keep(False)
         stands = f"saved after step {position.steps}" if position.steps else "no step was taken"
         stands += ", before its evaluation" if position.due else ""
         raise PreemptedError(f"{name}: {stands}") from None
@@ -249,7 +251,6 @@ def _evaluate(
     heartbeat.at(f"{name}, evaluation after step {position.steps}")
     trainee.engine.train(False)
     scores = evaluate(trainee.model, valid, trainee.ranks)
-    log.left_out(name, position.steps, trainee.ranks, train, valid)
     trainee.engine.train(True)
     position.due = False
     value = scores.metric(phase.metric)

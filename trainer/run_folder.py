@@ -39,6 +39,7 @@ FREE = {
     "keep_checkpoints",
     "engine.zero_stage",
     "engine.bad_steps",
+    "reading.corrupt",
     "tables.sharding",
     "pretrain.checkpoint_every",
     "pretrain.max_epochs",
