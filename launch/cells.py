@@ -53,7 +53,8 @@ class SuiteFolder:
             with self.claim(f"work-{work.fingerprint[:16]}", wait) as mine:
                 found = self.found(work) if mine else None
                 if mine and found is None:
-                    found = self._do(work)
+                    shards = self.write(work.config)  # their rows name what may lie there
+                    found = self.found(work) or self._do(work, shards)
         return found
 
     def found(self, work: Work) -> Found | None:
@@ -68,9 +69,8 @@ class SuiteFolder:
         path = self.path / "found" / f"{self._key(work, shards)}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def _do(self, work: Work) -> Found:
+    def _do(self, work: Work, shards: Path) -> Found:
         began, worked = time.monotonic(), time.process_time()
-        shards = self.write(work.config)
         key, config = self._key(work, shards), work.config
         model = config.backbone.name if config.method.name == "mlora" else config.method.name
         config = bound(config, self.path, f"{model}-{config.seed}-{key}", shards)

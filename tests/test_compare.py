@@ -67,6 +67,12 @@ def test_what_is_finished_is_not_run_again(told: Told) -> None:
 
 
 @pytest.mark.dist
+def test_what_was_found_is_all_that_another_machine_needs(told: Told) -> None:
+    results, steps = told.elsewhere
+    assert results["cells"] == told.whole["cells"] and steps == 0
+
+
+@pytest.mark.dist
 def test_resumed_equals_whole(told: Told) -> None:
     assert told.stopped == [0, 1]
     assert learned(told.resumed) == _of(told.whole, lambda model, seed: (model, seed) == ("mlp", 2))

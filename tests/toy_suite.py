@@ -1,6 +1,7 @@
 """Suites in miniature, on planted rows: a run file and a suite file in one folder."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ class Told:
     whole: dict[str, Any]
     again: tuple[dict[str, Any], int]
     """Once more, and how many steps that took."""
+    elsewhere: tuple[dict[str, Any], int]
+    """Likewise, where only what was found has been taken along."""
     stopped: list[int]
     """Pieces of work that were finished at each stop."""
     resumed: dict[str, Any]
@@ -145,6 +148,8 @@ def tell(folder: Path) -> Told:
     whole = compared(path)
     with recording() as steps:
         again = compared(path), len(steps)
+    with recording() as steps:
+        elsewhere = compared(_taken_along(folder)), len(steps)
     read: dict[str, set[str]] = {}
     with _noting(read):
         grid = compared(write_suite(folder / "grid", **GRID))
@@ -152,6 +157,7 @@ def tell(folder: Path) -> Told:
     return Told(
         whole,
         again,
+        elsewhere,
         stopped,
         resumed,
         _beside(
@@ -162,6 +168,13 @@ def tell(folder: Path) -> Told:
         compared(write_suite(folder / "domains", **DOMAINS)),
         compared(write_suite(folder / "failed", **FAILED)),
     )
+
+
+def _taken_along(folder: Path) -> Path:
+    """Of the whole suite, what was found."""
+    path = write_suite(folder / "elsewhere")
+    shutil.copytree(folder / "whole" / "toy" / "found", folder / "elsewhere" / "toy" / "found")
+    return path
 
 
 def _stopped(path: Path) -> tuple[list[int], dict[str, Any]]:
