@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.multi_domain import MultiDomain
-from models.multi_domain.star import CONSISTENT, DEGREES, EPSILON, SPEED
+from models.multi_domain.star import CONSISTENT, DEGREES, EPSILON, LEAST, SPEED
 
 Weights = Mapping[str, Tensor]
 Answer = tuple[Tensor, Tensor | None]
@@ -128,8 +128,8 @@ def _star(method: MultiDomain, shared: Weights, w: Weights, x: Tensor, general: 
     centre = {name[7:]: t[0] for name, t in shared.items() if name.startswith("centre.")}
     one, none = torch.ones_like(x), torch.zeros_like(x)
     gamma, beta = w.get("gamma", one), w.get("beta", none)
-    std = torch.exp(SPEED * w["spread"])
-    mean = SPEED * w["mean"] * std.detach()
+    std = (torch.exp(SPEED * w["spread"]) ** 2 + LEAST**2) ** 0.5
+    mean = SPEED * w["mean"] * std
     y = (x - mean.detach()) / torch.sqrt(std.detach() ** 2 + EPSILON)
     y = centre["gamma"] * gamma * y + centre["beta"] + beta
     count = _count(centre, "centre")

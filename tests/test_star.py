@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.backbones import Inputs
 from models.multi_domain import MultiDomainConfig, STARConfig
-from models.multi_domain.star import EPSILON, SPEED, STAR, normalised, statistics
+from models.multi_domain.star import EPSILON, LEAST, SPEED, STAR, normalised, statistics
 from tests.test_multi_domain import CONFIGS, KINDS
 
 WIDE = 5
@@ -20,7 +20,7 @@ def _normal(*shape: int) -> Tensor:
 
 def _told(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `statistics`."""
-    return mean / std / SPEED, std.log() / SPEED
+    return mean / std / SPEED, (std.square() - LEAST**2).log() / SPEED / 2
 
 
 def test_m13_with_equal_statistics_and_unit_factors_it_is_batch_norm() -> None:
@@ -45,7 +45,7 @@ def test_m13_a_star_layer_of_unit_factors_is_a_plain_one() -> None:
     rows = _normal(1, 9, WIDE)
     zero, one = torch.zeros(1, WIDE).double(), torch.ones(1, WIDE).double()
     own = {name: t[:1] for name, t in star.own.stacked().items()}  # type: ignore[union-attr]
-    own |= {"mean": zero, "spread": zero}
+    own |= dict(zip(("mean", "spread"), _told(zero, one), strict=True))
     assert torch.equal(own["gamma"], one) and torch.equal(own["beta"], zero)
     auxiliary = star.auxiliary(torch.cat([rows, own["domain"].expand(1, 9, -1)], 2))
     plain = rows / (1 + EPSILON) ** 0.5
@@ -71,6 +71,23 @@ def test_statistics_become_those_of_the_rows(scale: float) -> None:
     wanted = x.std(1, correction=0)
     assert float(((mean - x.mean(1)) / wanted).detach().abs().max()) < 0.08
     assert float((std / wanted - 1).detach().abs().max()) < 0.08
+
+
+def test_a_feature_that_never_varies_and_then_moves_keeps_its_statistics_in_bounds() -> None:
+    """As the field that tells the domains apart does, whose one vector in a domain is learned."""
+    told = [torch.zeros(1, 1, requires_grad=True) for _ in range(2)]
+    adam = torch.optim.Adam(told, lr=1e-3)
+    deviations = []
+    for step in range(4000):
+        x = torch.full((1, 8, 1), 0.3 if step < 2500 else 0.8)
+        adam.zero_grad()
+        normal, surprise = normalised(x, *told)
+        surprise.mean().backward()
+        adam.step()
+        assert normal.isfinite().all() and all(part.isfinite().all() for part in told)
+        deviations.append(float(statistics(*told)[1].detach()))
+    assert LEAST <= min(deviations) < 0.02 and max(deviations) < 1.1
+    assert float(normal.detach().abs().max()) < 0.2
 
 
 def test_an_added_domains_statistics_begin_as_the_general_ones() -> None:

@@ -12,6 +12,7 @@ from models.multi_domain.parts import First, Head, Slots, Weights, tower
 
 EPSILON = 1e-3  # added to a variance
 SPEED = 30.0  # of the statistics beside other weights
+LEAST = 3e-3  # standard deviation: far below EPSILON, but a feature may be the same in all rows
 DEGREES = 8.0  # of freedom
 CONSISTENT = 1.11  # standard deviation of normal rows over the scale that fits them best
 
@@ -108,9 +109,14 @@ class STAR(MultiDomain):
 
 def statistics(mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, told by weights that may learn as fast as any other, whatever
-    the scale of what they are about: the mean in deviations, the deviation by its logarithm."""
-    std = (SPEED * spread).exp()
-    return SPEED * mean * std.detach(), std
+    the scale of what they are about: the mean in deviations, the deviation by its logarithm.
+
+    A row from far away moves the deviation through both: were the mean fixed in deviations, a
+    larger deviation would carry it further off, and so on without end. The floor is for what never
+    varies in a domain, which would drive the deviation to zero.
+    """
+    std = ((2 * SPEED * spread).exp() + LEAST**2).sqrt()
+    return SPEED * mean * std, std
 
 
 def normalised(x: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
