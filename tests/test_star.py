@@ -77,7 +77,7 @@ def test_a_feature_that_never_varies_and_then_moves_keeps_its_statistics_in_boun
     """As the field that tells the domains apart does, whose one vector in a domain is learned."""
     told = [torch.zeros(1, 1, requires_grad=True) for _ in range(2)]
     adam = torch.optim.Adam(told, lr=1e-3)
-    deviations = []
+    deviations, normal = [], torch.empty(0)
     for step in range(4000):
         x = torch.full((1, 8, 1), 0.3 if step < 2500 else 0.8)
         adam.zero_grad()
