@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import heartbeat
-
 FOLDER = "BANYAN_DRILL"
 PLAN, DEAD, COUNTS, LEDGER = "deaths.json", "dead.jsonl", "counts", "ledger"
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.link")
@@ -97,6 +95,7 @@ class Ledger:
 
     def keep(self) -> None:
         """From now on."""
+        from trainer import heartbeat
         from trainer.fit import Trainee
         from trainer.model import Sent
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from launch.nodes import Nodes
 from launch.run import _agreed, _ranks, _set_environment
 from tests.gang import _CONTEXT
 from trainer import preemption
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -134,6 +137,12 @@ def test_ranks_of_a_machine_divide_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert _ranks("auto", Nodes.parse("1"), reading) == 6
     assert _ranks("auto", Nodes.parse("2"), reading) == 6
     assert _ranks("auto", Nodes.parse("4"), reading) == 3
+
+
+def test_no_torch_before_a_verb_asks_for_it() -> None:
+    """`run` sets up first what torch reads when it comes; and verbs without it start in less."""
+    check = "import sys, launch.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 def test_what_somebody_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer import heartbeat
-
 SAVED, LATE = 75, 143  # 75: sysexits.h, "try again later"; 143: what SIGTERM itself gives
 LOOK = 0.05  # seconds
 STATUS = "BANYAN_STATUS"
@@ -93,6 +91,8 @@ def _hear(reader: socket.socket, grace_seconds: float) -> None:
 
 def _last_words(grace_seconds: float) -> tuple[int, str]:
     """Exit status, and what is true then."""
+    from trainer import heartbeat  # brings torch, which the launcher sets up before it comes
+
     phase, _ = heartbeat.where()
     if not _saves.is_set():
         return SAVED, f"{phase}: not saved, it begins anew; what was finished before it is stored"
