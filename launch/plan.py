@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     config = run_files.load(args.run_file, args.overrides)
     rows, domains = _sizes(config, args)
     require_rows(config, rows)
-    dense = dense_part(config, domains)
+    dense = dense_part(config, domains, args.device)
     found = _footprint(config, rows, dense, args, args.ranks)
     room = int(args.memory * GIB * (1 - RESERVE))
     if args.brief:

@@ -124,6 +124,12 @@ class Method(nn.Module, ABC):
         """Phase 2 begins: what the shared part makes of a row stays the same from now on, and with
         `keep` it may be remembered: then ranks call modules of it different numbers of times."""
 
+    def over_states(self, tokens: int) -> list[Tensor]:
+        """The encoder's states of one prompt of so many tokens, as zeros, which have passed all
+        that stands on them in training: a plan counts what backward keeps of that. Empty where
+        there is no encoder."""
+        return []
+
     def diagnose(self) -> str | None:
         """What is wrong with its weights, in words that a user can act on; a few small sums."""
         return None

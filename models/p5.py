@@ -66,6 +66,12 @@ class P5(Method):
         yes, no = self.words(pooled[-len(prompts.ids) :]).unbind(1)
         return (yes - no)[prompts.of_row].unsqueeze(1)
 
+    def over_states(self, tokens: int) -> list[Tensor]:
+        zeros = self.words.weight.new_zeros
+        state = zeros(1, tokens, self.encoder.hidden, requires_grad=True)
+        self.gate(state, zeros(1, tokens) == 0)
+        return [state]
+
     def loss(self, logit: Tensor, label: Tensor, weight: Tensor, rows: int) -> Tensor:
         """The answers' negative log likelihood, as a mean over rows."""
         return cross_entropy(logit[:, 0], label, weight) / max(rows, 1)

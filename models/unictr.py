@@ -116,6 +116,14 @@ class UniCTR(Method):
         self._frozen, self._keeps = True, keep
         self.train(self.training)
 
+    def over_states(self, tokens: int) -> list[Tensor]:
+        zeros = self.general.tower.out.weight.new_zeros
+        shape, taps = (1, tokens, self.shape.hidden), max(self.shape.blocks, 1)
+        states = [zeros(shape, requires_grad=True) for _ in range(taps)]
+        for head in (self.general, *self.heads[:1]):  # a prompt has one domain
+            head(states, zeros(1, tokens) == 0, torch.tensor([0]), zeros(1, self.shape.beside))
+        return states
+
     def train(self, mode: bool = True) -> "UniCTR":
         """As for any module; a frozen shared part drops nothing, so its states can be kept."""
         super().train(mode)

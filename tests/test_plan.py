@@ -11,11 +11,13 @@ from torch import nn
 from data_shards import UserError
 from embeddings import Place, ShardedTables, Table, TablesConfig, planned
 from launch.__main__ import main
-from models import Features
+from models import Features, Tokens
 from tests.gang import gang
+from tests.toy_encoder import minilm
 from trainer import config as run_files
 from trainer.engine import Engine, EngineConfig
-from trainer.footprint import Dense, dense_part, footprint, require_rows
+from trainer.footprint import Dense, _kept, dense_part, footprint, require_rows
+from trainer.trunk import new_method
 
 INDUSTRIAL = Path(__file__).parents[1] / "docs" / "industrial" / "run.toml"
 SIZES = {"user": 1000, "item": 300, "tags": 7}
@@ -100,8 +102,43 @@ CPU = Place("cpu", 2, 2)
 
 
 def test_a_language_model_is_counted_without_its_weights() -> None:
-    dense = dense_part(run_files.load(INDUSTRIAL), domains=10)
+    dense = dense_part(run_files.load(INDUSTRIAL), 10, "cuda")
     assert dense.frozen == 1_279_887_360  # Sheared-LLaMA-1.3B without its output layer
+
+
+ENCODED = "launch/runs/amazon_unictr.toml", "launch/runs/amazon_p5.toml"
+
+
+@pytest.mark.parametrize("run_file", ENCODED)
+@pytest.mark.parametrize("tokens", [32, 96])
+def test_activations_over_an_encoder_are_those_of_a_forward(run_file: str, tokens: int) -> None:
+    settings = [f"encoder.path={minilm()}", f"encoder.max_tokens={tokens}", "encoder.chunks=1"]
+    config = run_files.load(Path(run_file), settings)
+    planned_bytes = dense_part(config, 1, "cpu").bytes_a_row
+    method = new_method(config, config.data.schema, 0).train()
+    if method.adapters_in_pretrain:
+        method.add_domain("books", 0)
+    lent = {id(p) for p in (*method.shared_parameters(), *method.adapter_parameters())}
+    for parameter in method.parameters():
+        parameter.requires_grad_(id(parameter) in lent)
+    values = torch.randint(1000, 30000, (4 * tokens,))
+    prompts = Tokens(values, torch.full((4,), tokens))
+    slot = torch.full((4,), 0 if method.adapters_in_pretrain else -1)
+    rows = Features(torch.zeros(4, 0, 0), torch.zeros(4, 0), slot, prompts)
+    measured = _kept(method, lambda: [method(rows)]) / 4
+    assert planned_bytes == pytest.approx(measured, rel=0.15)
+
+
+TRAFFIC = {0: 2, 1: 3, 2: 3}  # times a weight's bytes
+
+
+@pytest.mark.parametrize("stage", TRAFFIC)
+def test_weights_come_back_from_the_first_stage_on(stage: int) -> None:
+    """As measured over a loopback (docs/plan.md)."""
+    config = run_files.load(INDUSTRIAL, [f"engine.zero_stage={stage}", "engine.precision=fp32"])
+    sizes = {field.name: 10 for field in config.data.schema.ids}
+    sent = footprint(config, sizes, Dense(1000, 9000, 0.0, 0.0), CPU).wire
+    assert sent["dense gradients and weights"] == TRAFFIC[stage] * 4 * 1000 / 2
 
 
 def test_the_way_out_holds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def test_pods_ask_for_what_the_plan_says(kustomization: str, tmp_path: Path) -> 
     assert isinstance(config.data.source, PlantedConfig)
     rows = {field.name: 1000 for field in config.data.schema.ids}
     rows |= {"user": config.data.source.users, "item": config.data.source.items}
-    dense = dense_part(config, config.data.source.domains)
+    dense = dense_part(config, config.data.source.domains, "cpu")
     rank = footprint(config, rows, dense, Place("cpu", nodes * ranks, ranks)).total / GIB
     node = ranks * (rank + LIBRARIES) + 2  # /dev/shm is the pod's memory too
     assert asked["requests"]["memory"] == asked["limits"]["memory"]

@@ -2,12 +2,12 @@
 
 Tables are placed by the planner that will place them, and the dense part is built without memory,
 so bytes of weights and optimizers are those of the run. Activations are counted on a few rows, but
-those of a language model come from a formula. The speed is a bound: what the arithmetic, the
-tables' memory and the network need at their full rates, one after the other.
+those of a language model's layers come from a formula. The speed is a bound: what the arithmetic,
+the tables' memory and the network need at their full rates, one after the other.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,12 @@ SAMPLE = 64
 VALUES_A_TOKEN = 17
 """A transformer's layer keeps 34 bytes a token and channel at two bytes each (Korthikanti et al.,
 2022, Eq. 2, without the attention's map, which is never kept whole)."""
+MAPS = 3
+"""Of a layer's attention, one for each head, where it is no single kernel."""
+DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "dropout_rate")
+"""Of a map's entries, as the families call it; a CPU's kernel has none, so its maps are kept."""
+GATHERED = 1_000_000_000, 50_000_000
+"""Numbers that DeepSpeed's stage 3 has gathered, and those on their way, at most (its defaults)."""
 UNBOUNDED = 1 << 60
 
 
@@ -44,8 +50,9 @@ class Rates:
     network: float
 
 
-RATES = {"cuda": Rates(200_000, 2_000, 25), "cpu": Rates(50, 10, 1)}
-"""An H100 at half of what its bf16 can do, with 200 Gbit/s; one core with 8 Gbit/s."""
+RATES = {"cuda": Rates(200_000, 2_000, 25), "cpu": Rates(110, 10, 1)}
+"""An H100 at half of what its bf16 can do, with 200 Gbit/s; one core, as it
+multiplies large matrices of fp32, with 8 Gbit/s."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Footprint:
         return sum(self.memory.values())
 
 
-def dense_part(config: RunConfig, domains: int) -> Dense:
+def dense_part(config: RunConfig, domains: int, device: str) -> Dense:
     """Of phase 1, with the heads that learn along in it."""
     schema, width = config.data.schema, _text_width(config)
     with torch.device("meta"):
@@ -83,26 +90,41 @@ def dense_part(config: RunConfig, domains: int) -> Dense:
     trained = {id(p): p.numel() for p in method.shared_parameters()}
     if method.adapters_in_pretrain:
         trained |= {id(p): p.numel() for p in method.adapter_parameters()}
-    whole = sum(p.numel() for p in method.parameters())
     learned = sum(trained.values())
+    frozen = sum(p.numel() for p in method.parameters()) - learned
     if config.data.prompt is None:
         counted = new_method(config, schema, width)
-        return Dense(learned, whole - learned, _kept(counted, config, width), 6.0 * learned)
-    return _with_encoder(config, learned, whole - learned)
+        return Dense(learned, frozen, _kept_of_ids(counted, config, width), 6.0 * learned)
+    return _with_encoder(config, method, learned, frozen, device)
 
 
-def _with_encoder(config: RunConfig, trained: int, frozen: int) -> Dense:
+def _with_encoder(
+    config: RunConfig, method: Method, trained: int, frozen: int, device: str
+) -> Dense:
     from models.encoder_library import load_config
 
     shape, tokens = load_config(find(config.encoder, weights=False)), config.encoder.max_tokens
-    value = _bytes_of(config)
-    layer = VALUES_A_TOKEN * shape.hidden_size * value
-    again = config.encoder.checkpointing
-    kept = shape.num_hidden_layers * shape.hidden_size * value + layer
-    kept = kept if again else shape.num_hidden_layers * layer
-    # forward, and the gradient of what goes in, but none of frozen weights
-    flops = tokens * frozen * 2 * (3 if again else 2) + 6.0 * trained
-    return Dense(trained, frozen, float(tokens * kept), flops)
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    layer = VALUES_A_TOKEN * hidden
+    if device == "cpu" and any(shape.to_dict().get(name) for name in DROPOUTS):
+        layer += MAPS * shape.num_attention_heads * tokens
+    states: list[torch.Tensor] = []
+
+    def over() -> list[torch.Tensor]:
+        states.extend(method.over_states(tokens))
+        return states
+
+    heads, again = _kept(method, over) // FLOAT, config.encoder.checkpointing
+    if again:
+        # a layer is computed anew when what stands on the states has left no more than gradients
+        kept = tokens * layers * hidden + sum(state.numel() for state in states)
+        kept += max(tokens * layer, heads)
+    else:
+        kept = tokens * layers * layer + heads
+    # forward, and the gradient of what goes in, but none of frozen weights; words are looked up
+    multiplied = frozen - shape.vocab_size * hidden
+    flops = tokens * multiplied * 2 * (3 if again else 2) + 6.0 * trained
+    return Dense(trained, frozen, float(kept * _bytes_of(config)), flops)
 
 
 def _text_width(config: RunConfig) -> int:
@@ -113,7 +135,7 @@ def _text_width(config: RunConfig) -> int:
     return load_config(find(config.encoder, weights=False)).hidden_size
 
 
-def _kept(method: Method, config: RunConfig, text_width: int) -> float:
+def _kept_of_ids(method: Method, config: RunConfig, text_width: int) -> float:
     """Bytes a row that backward needs of forward, weights left out."""
     schema = config.data.schema
     read = [field for field in schema.ids if config.method.reads(field)]
@@ -123,18 +145,22 @@ def _kept(method: Method, config: RunConfig, text_width: int) -> float:
         torch.full((SAMPLE,), -1),
         text=torch.zeros(SAMPLE, text_width) if text_width else None,
     )
-    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    kept: dict[int, int] = {}
+    return _kept(method, lambda: [method(features)]) / SAMPLE * _bytes_of(config) / FLOAT
+
+
+def _kept(method: Method, forward: Callable[[], Sequence[torch.Tensor]]) -> int:
+    """Bytes that backward needs of a forward, but for weights and for the tensors that it returns:
+    an encoder's states are among what its layers keep."""
+    kept: dict[int, torch.UntypedStorage] = {}  # held, or another one would take its place
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        method(features)
-    return sum(kept.values()) / SAMPLE * _bytes_of(config) / FLOAT
+        returned = forward()
+    without = {one.untyped_storage()._cdata for one in (*method.parameters(), *returned)}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in without)
 
 
 def _bytes_of(config: RunConfig) -> int:
@@ -150,11 +176,14 @@ def footprint(config: RunConfig, rows: Mapping[str, int], dense: Dense, place: P
     parts = tuple(planned(tables, config.tables, unbounded)) if tables else ()
     local = config.reading.global_batch // place.world
     weights, state = _table_bytes(parts, config)
+    # the vectors that a rank looked up for others stand beside those that it got from them
+    sent = local * len(tables) * tables_row(tables) if place.world > 1 else 0
+    looked_up = local * _ids(config) * tables_row(tables)
     memory = {
         "tables": weights,
         "tables' optimizer": state,
         **_dense_bytes(config, dense, place.world),
-        "activations": int(local * (dense.bytes_a_row + _ids(config) * tables_row(tables))),
+        "activations": int(local * dense.bytes_a_row) + looked_up + sent,
     }
     wire = _wire(config, tables, parts, dense, place.world)
     rates = RATES[place.device]
@@ -197,8 +226,10 @@ def _dense_bytes(config: RunConfig, dense: Dense, world: int) -> dict[str, int]:
     whole = (dense.trained + dense.frozen) * value
     masters = FLOAT if stage else 0
     share = world if stage else 1
+    live = sum(min(dense.trained + dense.frozen, most) for most in GATHERED)
     return {
         "dense": whole // world if stage == 3 else whole,
+        "gathered weights": live * value if stage == 3 else 0,
         "dense gradients": dense.trained * value // (world if stage >= 2 else 1),
         "reduction buffer": bucket_of(dense.trained) * value if stage else 0,
         "dense optimizer": dense.trained * (masters + MOMENTS * FLOAT) // share,
@@ -223,7 +254,9 @@ def _wire(
         # row-wise each rank sums what it has for all ranks' rows; else whole vectors travel
         vectors += size * (world if table.field in row_wise else 1) * 2 * others
     stage, value = config.engine.zero_stage, _bytes_of(config)
-    moved = 2 * dense.trained + ((dense.trained + dense.frozen) if stage == 3 else 0)
+    # gradients go to all at any stage; each rank's share of the weights comes back from the first
+    back = (0, dense.trained, dense.trained, dense.trained + dense.frozen)
+    moved = 2 * dense.trained + back[stage]
     return {
         "ids": int(local * _ids(config) * 8 * others),
         "vectors and their gradients": int(vectors),
