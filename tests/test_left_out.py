@@ -1,6 +1,7 @@
 """Rows that a run leaves out as corrupt are counted and told, whichever rank met them."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from data_shards.reader import ShardReader
 from tests.gang import gang
 from tests.toy_run import here, recording, toy_config
 from trainer import schedule
+from trainer.adding import add_domain
 from trainer.log import lines_of
-from trainer.report import final_table
+from trainer.report import added_table, final_table
+from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.dist
 
@@ -43,13 +46,18 @@ def _spoiled(toy: Path, shards: Path) -> dict[str, Block]:
             for block in index.select((split,))
             if not late & set(reader.read(block)["row_id"].to_pylist())
         ]
-        block = max(blocks, key=lambda block: block.rows)
-        path = shards / block.shard
-        data = bytearray(path.read_bytes())
-        data[block.offset + block.bytes // 2] ^= 255
-        path.write_bytes(data)
-        spoiled[split] = block
+        spoiled[split] = _spoil(shards, blocks)
     return spoiled
+
+
+def _spoil(shards: Path, blocks: Sequence[Block]) -> Block:
+    """The largest of them, one byte of which is another now."""
+    block = max(blocks, key=lambda block: block.rows)
+    path = shards / block.shard
+    data = bytearray(path.read_bytes())
+    data[block.offset + block.bytes // 2] ^= 255
+    path.write_bytes(data)
+    return block
 
 
 def _runs(toy: Path, output: Path, shards: Path) -> list[dict[str, Any]]:
@@ -87,3 +95,23 @@ def test_rows_that_are_left_out_are_told(toy: Path, tmp_path: Path) -> None:
         lines = lines_of(tmp_path / name / "metrics.jsonl")
         told = {(one["shard"], one["member"]) for line in lines for one in line.get("corrupt", ())}
         assert told == {(block.shard, block.member) for block in blocks.values()}
+
+
+def _adds(toy: Path, output: Path, shards: Path) -> dict[str, Any]:
+    config = toy_config(toy, output, *RUN, "reading.corrupt=skip")
+    schedule.train(config, here())
+    return add_domain(config, RunFolder(config.folder), "games", shards, here())
+
+
+def test_rows_of_an_added_domain_that_are_left_out_are_told(toy: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "added"
+    index = Index.load(shutil.copytree(toy / "added", shards))
+    spoiled = {split: _spoil(shards, index.select((split,))) for split in ("adapt", "test")}
+    wanted = {"adapt games": spoiled["adapt"].rows, "test games": spoiled["test"].rows}
+    tests = sum(block.rows for block in index.select(("test",)))
+    found = gang(2, _adds, toy, tmp_path, shards)
+    assert wanted in [one["corrupt_rows"] for one in found]
+    for one in found:
+        assert one["adapted"]["domains"][0]["rows"] == tests - wanted["test games"]
+        if one["corrupt_rows"]:  # the first rank's
+            assert f"left out: {wanted['adapt games']} rows of adapt games" in added_table(one)

@@ -61,7 +61,7 @@ def add_domain(
             before, adapter = _added(trunk, folder, rows, steps, log)
             after = _witness(trunk, folder, domain, added=True)
             moved = ranks.broadcast(before.differences(after))
-            summary = _summary(trunk, folder, adapter, shards, moved)
+            summary = _summary(trunk, folder, adapter, shards, moved, log)
             log.metrics("add-domain", summary)
             if ranks.first:
                 noted.save_added(domain, summary)
@@ -133,18 +133,30 @@ def _witness(trunk: Trunk, folder: RunFolder, domain: str, added: bool) -> Witne
 
 
 def _summary(
-    trunk: Trunk, folder: RunFolder, adapter: Adapter, shards: Location, moved: list[str]
+    trunk: Trunk,
+    folder: RunFolder,
+    adapter: Adapter,
+    shards: Location,
+    moved: list[str],
+    log: RunLog,
 ) -> dict[str, Any]:
-    test = trunk.loader(shards, trunk.config.test, (adapter.domain,))
+    domain = adapter.domain
+    test = trunk.loader(shards, trunk.config.test, (domain,))
     model = with_adapters(trunk, [adapter])
+    shared = evaluate(trunk_alone(trunk), test, trunk.ranks).to_dict()
+    adapted = evaluate(model, test, trunk.ranks).to_dict()
+    log.left_out(f"test {domain}", 0, trunk.ranks, test)
+    phases = (f"adapt {domain}", f"test {domain}")
+    corrupt = log.corrupt_rows()  # of the run's other phases too, whose log it may be
     return {
-        "domain": adapter.domain,
-        "shared": evaluate(trunk_alone(trunk), test, trunk.ranks).to_dict(),
-        "adapted": evaluate(model, test, trunk.ranks).to_dict(),
+        "domain": domain,
+        "shared": shared,
+        "adapted": adapted,
         "kept": adapter.kept,
         "own_ids": {key: len(values) for key, values in adapter.vocabulary.items()},
         "seconds": adapter.metrics["seconds"],
         "others": len(folder.adapters.domains(adapter.method)) - 1,
         "moved": moved,
+        "corrupt_rows": {phase: corrupt[phase] for phase in phases if phase in corrupt},
         "sizes": sizes(trunk, [adapter]),
     }

@@ -81,7 +81,7 @@ def added_table(summary: dict[str, Any]) -> str:
             + (f"; rows of its own: {own}" if own else ""),
             f"{summary['others']} other adapters: "
             + (f"MOVED: {', '.join(summary['moved'])}" if summary["moved"] else verdict),
-            size_line(summary["sizes"]),
+            *_notes(summary),
         ]
     )
 
