@@ -66,6 +66,30 @@ def test_a_lock_whose_file_was_deleted_keeps_nobody_in(tmp_path: Path) -> None:
     second.close()
 
 
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_lock_is_none_whose_file_is_taken_away_before_it_is_locked(
+    put_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `remove-domain` does, between another start's open and its flock."""
+    folder, opened = tmp_path / "home", list[Path]()
+    really = fences._opened
+
+    def late(home: Path) -> TextIO:
+        file = really(home)
+        if not opened:
+            home.rename(tmp_path / "doomed")
+            if put_back:
+                really(home).close()
+        opened.append(home)
+        return file
+
+    monkeypatch.setattr(fences, "_opened", late)
+    with fence(folder, patience=5):
+        assert len(opened) == 2
+        with (folder / LOCK).open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_rank_is_tied_to_its_agent_before_it_imports_anything_heavy() -> None:
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "toy", "PYTHONPATH": str(ROOT)}
     command = ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, RANK]

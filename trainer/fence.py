@@ -73,7 +73,9 @@ def _locked(file: TextIO) -> bool:
     """Whether the lock is ours; true as well where this file system has none, which is said."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # of a file that was taken away after it was opened (`remove-domain`) it keeps nobody out
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
         return False
     except OSError as error:
         if error.errno not in WITHOUT:
