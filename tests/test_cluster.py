@@ -35,6 +35,7 @@ SMALL = {
     "tracking.wandb": "disabled",
     "tracking.pictures": False,
 }
+INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(not possible(), reason="needs namespaces")]
 
 
@@ -74,27 +75,48 @@ def play_job(node: Node, switch: int, kustomization: str) -> list[Pod]:
 def pods_of_training(node: Node, overlay: str, restarts: int = 0) -> list[Pod]:
     """What the Trainer and JobSet make of a TrainJob, by the Trainer's torch plugin."""
     runtime, job = of_kind(overlay, "ClusterTrainingRuntime"), of_kind(overlay, "TrainJob")
-    (node_job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    spec = node_job["template"]["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    name, asked = job["metadata"]["name"], job["spec"]["trainer"]
+    asked = job["spec"]["trainer"]
+    plugin = {
+        "PET_NNODES": str(asked["numNodes"]),
+        "PET_NPROC_PER_NODE": str(asked["numProcPerNode"]),
+        "PET_MASTER_ADDR": f"{job['metadata']['name']}-node-0-0.{job['metadata']['name']}",
+        "PET_MASTER_PORT": "29400",
+    }
+    own_index = {"PET_NODE_RANK": "{index}"}
+    spec = runtime["spec"]["template"]["spec"]
+    return _pods_of_set(
+        node, job["metadata"]["name"], spec, asked["numNodes"], plugin | own_index, restarts
+    )
+
+
+def pods_of_job_set(node: Node, overlay: str) -> list[Pod]:
+    """What JobSet makes of its own object: nobody adds a variable to those of the manifest."""
+    job_set = of_kind(overlay, "JobSet")
+    (job,) = job_set["spec"]["replicatedJobs"]
+    count = job["template"]["spec"]["completions"]
+    return _pods_of_set(node, job_set["metadata"]["name"], job_set["spec"], count, {}, 0)
+
+
+def _pods_of_set(
+    node: Node, name: str, spec: dict[str, Any], count: int, added: dict[str, str], restarts: int
+) -> list[Pod]:
+    (job,) = spec["replicatedJobs"]
+    template = job["template"]["spec"]["template"]["spec"]
+    (container,) = template["containers"]
     pods = [
         node.pod(
             f"{name}-node-0-{index}",
-            spec,
+            template,
             container,
             {
                 "metadata.name": f"{name}-node-0-{index}-x",
                 "metadata.labels['jobset.sigs.k8s.io/jobset-name']": name,
                 "metadata.labels['jobset.sigs.k8s.io/restart-attempt']": str(restarts),
-                "PET_NNODES": str(asked["numNodes"]),
-                "PET_NPROC_PER_NODE": str(asked["numProcPerNode"]),
-                "PET_NODE_RANK": str(index),
-                "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
-                "PET_MASTER_PORT": "29400",
-            },
+                INDEX: str(index),
+            }
+            | {key: value.format(index=index) for key, value in added.items()},
         )
-        for index in range(asked["numNodes"])
+        for index in range(count)
     ]
     for pod in pods:
         for other in pods:
@@ -191,6 +213,25 @@ def test_a_lost_pod_costs_no_bit(played: Played) -> None:
 def test_adapters_are_those_of_one_node(played: Played) -> None:
     found = adapters(played.runs / "planted")
     assert found == adapters(played.alone / "runs" / "planted") and len(found) == 8
+
+
+@pytest.mark.parametrize("overlay", ["slim", "spot"])
+def test_other_overlays_end_with_the_bits_of_one_node(
+    played: Played, tmp_path: Path, overlay: str
+) -> None:
+    for folder in ("claims", "pods"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "claims" / "banyan-data").symlink_to(played.data)
+    node = Node(tmp_path, small_run_file())
+    pods = (pods_of_job_set if overlay == "slim" else pods_of_training)(node, f"overlays/{overlay}")
+    running = [Running(pod, played.switch) for pod in pods]
+    for one in running:
+        assert one.wait() == 0, "\n".join(other.told() for other in running)
+    ours, theirs = (
+        json.loads((runs / "planted" / "summary.json").read_text(encoding="utf-8"))
+        for runs in (node.claim("banyan-runs"), played.alone / "runs")
+    )
+    assert ours["trunk"] == theirs["trunk"] and ours["adapted"] == theirs["adapted"]
 
 
 def test_the_added_domains_notes_lie_beside_the_run(played: Played) -> None:
