@@ -15,6 +15,7 @@ from launch.report_run import Record
 from launch.report_suite import suite_page
 from tests.toy_report import RUN, Parts, toy_scores, write_run, write_suite
 from trainer.adapter_store import quoted
+from trainer.report import final_table
 
 PHASES = {name: {"metric": metric} for name, metric in (("pretrain", "wauc"), ("adapt", "auc"))}
 PHASES["teacher"] = {"metric": "log_loss"}
@@ -180,3 +181,21 @@ def test_what_is_not_finite_is_null_in_the_page(tmp_path: Path) -> None:
     found = Parts(folder / report.PAGE)
     assert "NaN" not in found.json and "Infinity" not in found.json
     assert any(None in trace["y"] for figure in found.figures for trace in figure["traces"])
+
+
+@pytest.mark.parametrize("one_phase", [False, True])
+def test_a_run_in_one_phase_does_not_claim_that_adapters_won(one_phase: bool) -> None:
+    domain = {"domain": "d0", "rows": 10, "auc": 0.6, "log_loss": 0.5}
+    scores = {"domains": [domain], "wauc": 0.6, "undefined": []}
+    summary = {
+        "shared": scores,
+        "adapted": scores,
+        "kept": ["d0"],
+        "skipped": {},
+        "one_phase": one_phase,
+        "corrupt_rows": {},
+        "sizes": {"tables": 8, "dense": 4, "frozen": 0, "adapter": 2},
+    }
+    told = final_table(summary)
+    assert ("beat the shared part" in told) != one_phase
+    assert ("1 of 1 domains have adapters, which learned with the shared part" in told) == one_phase

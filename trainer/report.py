@@ -39,10 +39,16 @@ def final_table(summary: dict[str, Any]) -> str:
     lines = [
         grid([*HEAD, ""], rows),
         _wauc_line(shared, adapted),
-        f"{len(kept)} of {len(rows)} adapters beat the shared part on validation rows",
+        _fate(len(kept), len(rows), summary["one_phase"]),
     ]
     lines += [f"no adapter: {reason}" for reason in summary["skipped"].values()]
     return "\n".join([*lines, *_notes(summary)])
+
+
+def _fate(kept: int, domains: int, one_phase: bool) -> str:
+    if one_phase:  # nothing was held against the shared part, which never stood alone
+        return f"{kept} of {domains} domains have adapters, which learned with the shared part"
+    return f"{kept} of {domains} adapters beat the shared part on validation rows"
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:

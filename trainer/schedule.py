@@ -73,6 +73,7 @@ def _train(
         "adapted": adapted.to_dict() if adapted else None,
         "kept": [adapter.domain for adapter in kept],
         "skipped": skipped,
+        "one_phase": config.pretrain.one_phase,
         "bad_steps": log.bad_steps(),
         "corrupt_rows": log.corrupt_rows(),
         "sizes": sizes(trunk, kept),
